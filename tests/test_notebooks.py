@@ -1,0 +1,35 @@
+"""Every notebook runs, one test each: `NB_FLAGS="slow gpu" pytest tests/test_notebooks.py -k coop` runs flagged cells too.
+
+The runner is nbdev's own, which honours the flags and needs no Jupyter kernel. Each notebook gets a process of its
+own, as it does with a reader: seeds, default dtypes, patched names and open figures of one chapter must neither help
+nor hurt the next.
+"""
+import configparser
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = sorted((ROOT/'nbs').glob('[!_.]*.ipynb'))
+RUN = '''
+import sys
+from pathlib import Path
+from nbdev.test import test_nb
+path, root, skip, force = sys.argv[1:]
+ok, _ = test_nb(Path(path), skip_flags=skip.split(), force_flags=force.split(), basepath=root)
+sys.exit(not ok)
+'''
+
+
+@pytest.mark.parametrize('nb', NBS, ids=lambda p: p.stem)
+def test_notebook(nb):
+    cfg = configparser.ConfigParser()
+    cfg.read(ROOT/'settings.ini')
+    force = os.environ.get('NB_FLAGS', '')
+    r = subprocess.run([sys.executable, '-c', RUN, nb, ROOT, cfg['DEFAULT']['tst_flags'], force],
+                       cwd=ROOT, env={**os.environ, 'MPLBACKEND': 'Agg'}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                       text=True, errors='replace', timeout=None if force else 900)  # a chapter takes three minutes at most
+    assert r.returncode == 0, f'{nb.name} failed:\n{r.stderr[-8000:]}'
