@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assets', 'Backbone', 'build_backbone', 'nearest', 'load_backbone']
 
-# %% ../nbs/01_backbone.ipynb #c003
+# %% ../nbs/01_backbone.ipynb #01-003
 import difflib, hashlib, json
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 import clipprompt
 
-# %% ../nbs/01_backbone.ipynb #c006
+# %% ../nbs/01_backbone.ipynb #01-007
 def assets() -> Path:
     "The folder of files that ship with the package: weights, pictures, tables"
     here = Path(clipprompt.__file__).resolve().parent
     return here/'assets' if (here/'assets').is_dir() else here.parent/'data'
 
-# %% ../nbs/01_backbone.ipynb #c008
+# %% ../nbs/01_backbone.ipynb #01-009
 class Backbone:
     "A frozen CLIP with its tokenizer, transforms' constants and sizes"
     def __init__(self,
@@ -82,7 +82,7 @@ class Backbone:
         return (f'Backbone {self.name}: image {self.image_size} px, {self.vision_layers} blocks of width {self.vision_width}; '
                 f'text {self.context_length} tokens, {self.text_layers} blocks of width {self.text_width}; joint width {self.embed_dim}')
 
-# %% ../nbs/01_backbone.ipynb #c010
+# %% ../nbs/01_backbone.ipynb #01-011
 def build_backbone(
     model_cfg:dict, # as `open_clip.model.CLIP` takes it: embed_dim, vision_cfg, text_cfg, quick_gelu
     **kwargs        # for `Backbone`
@@ -90,7 +90,7 @@ def build_backbone(
     "An untrained CLIP of any size"
     return Backbone(open_clip.model.CLIP(**model_cfg), **kwargs)
 
-# %% ../nbs/01_backbone.ipynb #c016
+# %% ../nbs/01_backbone.ipynb #01-017
 def _picto_clip(path:Path) -> Backbone:
     "The embedded CLIP from its safetensors file"
     try:
@@ -105,7 +105,7 @@ def _picto_clip(path:Path) -> Backbone:
     model.load_state_dict({k: v.float() for k, v in sd.items()} | {'token_embedding.weight': table})
     return Backbone(model, 'picto-clip', mean=json.loads(meta['mean']), std=json.loads(meta['std']), interpolation=meta['interpolation'])
 
-# %% ../nbs/01_backbone.ipynb #c018
+# %% ../nbs/01_backbone.ipynb #01-019
 def nearest(name:str, known) -> str:
     "A sentence that lists what is known, nearest first: the ending of many error messages"
     known = list(known)

@@ -25,19 +25,20 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from .backbone import assets
 
-# %% ../nbs/04_data.ipynb #data003
+# %% ../nbs/04_data.ipynb #data004
 class DataError(ValueError):
     "The data cannot be used; one line says why and what to do"
 
 class DataNotFound(DataError, FileNotFoundError):
     "There is nothing where the data should be"
 
-# %% ../nbs/04_data.ipynb #data004
+# %% ../nbs/04_data.ipynb #data005
 def _unknown(what:str, given:str, known) -> DataError:
     near = difflib.get_close_matches(str(given), known, 1, 0.5)
-    return DataError(f"unknown {what} '{given}'{f': did you mean {near[0]!r}?' if near else ';'} known: {', '.join(known)}")
+    hint = f": did you mean '{near[0]}'?" if near else ';'
+    return DataError(f"unknown {what} '{given}'{hint} known: {', '.join(known)}")
 
-# %% ../nbs/04_data.ipynb #data008
+# %% ../nbs/04_data.ipynb #data010
 def as_drawn(image:Image.Image) -> Image.Image:
     "The picture itself"
     return image
@@ -60,7 +61,7 @@ def rotate90(image:Image.Image) -> Image.Image:
 
 DOMAINS = {'icons': as_drawn, 'edges': edge_map, 'pixels': pixelate, 'rotated': rotate90}
 
-# %% ../nbs/04_data.ipynb #data013
+# %% ../nbs/04_data.ipynb #data015
 def _to_rgb(image:Image.Image) -> Image.Image:
     "RGB on white paper"
     if image.has_transparency_data:
@@ -82,7 +83,7 @@ class _Files:
     def mark(self, path:str) -> str:
         return f'{Path(path).relative_to(self.root).as_posix()} {Path(path).stat().st_size}'
 
-# %% ../nbs/04_data.ipynb #data017
+# %% ../nbs/04_data.ipynb #data019
 @lru_cache(maxsize=2)
 def _unzip(path:str, changed:int) -> dict[str, np.ndarray]: # name -> uint8 [H, W] or [H, W, 3]
     "All pictures of an archive, decoded once per process; `changed` is the file's time"
@@ -97,11 +98,15 @@ class _Archive:
     path:str
     changed:int
 
-    def __call__(self, name:str) -> Image.Image: return Image.fromarray(_unzip(self.path, self.changed)[name]).convert('RGB')
+    def _pixels(self, name:str) -> np.ndarray:
+        try: return _unzip(self.path, self.changed)[name]
+        except KeyError: raise DataError(f"{self.path} has no picture '{name}' though its table lists it; reinstall clipprompt") from None
 
-    def mark(self, name:str) -> str: return f'{name} {zlib.crc32(_unzip(self.path, self.changed)[name].tobytes())}'
+    def __call__(self, name:str) -> Image.Image: return Image.fromarray(self._pixels(name)).convert('RGB')
 
-# %% ../nbs/04_data.ipynb #data019
+    def mark(self, name:str) -> str: return f'{name} {zlib.crc32(self._pixels(name).tobytes())}'
+
+# %% ../nbs/04_data.ipynb #data021
 @dataclass(frozen=True)
 class Item:
     "One picture and what it shows"
@@ -109,7 +114,7 @@ class Item:
     label:int     # place in the list of class names
     domain:str='' # who or what made it: in Pictograms, the family of icons
 
-# %% ../nbs/04_data.ipynb #data021
+# %% ../nbs/04_data.ipynb #data023
 def sample_shots(
     items:list[Item], # the training list, in its own order
     shots:int,        # K, per class
@@ -120,16 +125,16 @@ def sample_shots(
     for item in items: by_label[item.label].append(item) # a dict keeps the order of first appearance
     return [i for mine in by_label.values() for i in (rng.sample(mine, shots) if len(mine) >= shots else mine)]
 
-# %% ../nbs/04_data.ipynb #data025
+# %% ../nbs/04_data.ipynb #data027
 def relabel(items:list[Item], labels) -> list[Item]:
     "The items with one of these labels, renumbered from 0"
     new = {label: i for i, label in enumerate(labels)}
     return [replace(i, label=new[i.label]) for i in items if i.label in new]
 
-# %% ../nbs/04_data.ipynb #data028
+# %% ../nbs/04_data.ipynb #data030
 def _digest(*parts) -> str: return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-# %% ../nbs/04_data.ipynb #data029
+# %% ../nbs/04_data.ipynb #data031
 class Pictures(Dataset):
     "Items as a torch data set of (image [3, H, W], label)"
     def __init__(self,
@@ -150,7 +155,7 @@ class Pictures(Dataset):
         "16 hex digits over pictures, labels, domain and transform: equal digits, equal tensors (if nothing in the transform is random)"
         return _digest(self.data._marks(self.items), self.data.domain.__name__, repr(self.transform))
 
-# %% ../nbs/04_data.ipynb #data031
+# %% ../nbs/04_data.ipynb #data033
 @dataclass(repr=False)
 class DataSet:
     "Class names, pictures to train and to test on, and how to read them"
@@ -198,9 +203,10 @@ class DataSet:
         "Keep K training pictures per class, chosen as CoOp chooses them"
         if not hasattr(shots, '__index__') or shots < 1: raise DataError(f'shots must be a whole number of at least 1, not {shots!r}')
         count = Counter(i.label for i in self.train)
-        n, label = min((count[l], l) for l in range(len(self.classnames)))
+        n, scarce = min((count[label], name) for label, name in enumerate(self.classnames))
         if n < shots and not allow_fewer:
-            raise DataError(f"{shots} shots asked for, but class '{self.classnames[label]}' of '{self.name}' has {n} training pictures; use at most {n} shots, or allow_fewer=True")
+            cure = f'use at most {n} shots, or allow_fewer=True' if n else 'add some'
+            raise DataError(f"{shots} shots asked for, but class '{scarce}' of '{self.name}' has {n} training pictures; {cure}")
         return replace(self, train=sample_shots(self.train, int(shots), int(seed)))
 
     def base(self) -> 'DataSet':
@@ -222,10 +228,10 @@ class DataSet:
         "16 hex digits over names, labels, pictures and domain"
         return _digest(self.name, self.classnames, self._marks(self.train), self._marks(self.test), self.domain.__name__)
 
-# %% ../nbs/04_data.ipynb #data035
+# %% ../nbs/04_data.ipynb #data037
 TASKS = {'pictograms': [*DOMAINS, 'styles'], 'emoji': [*DOMAINS]}
 
-# %% ../nbs/04_data.ipynb #data036
+# %% ../nbs/04_data.ipynb #data038
 def _pictograms(name:str, task:str|None, root:Path) -> DataSet:
     "The shipped benchmark (`pictograms`) or its second data set (`emoji`)"
     task = task or {'pictograms': 'pixels', 'emoji': 'icons'}[name]
@@ -236,39 +242,54 @@ def _pictograms(name:str, task:str|None, root:Path) -> DataSet:
     table = table.sort_values(['class', 'file'])
     rows = table[table.part == ('emoji' if name == 'emoji' else 'icons')]
     test = table[table.part == 'styles'] if task == 'styles' else rows[rows.split == 'test']
+    if not len(rows) or not len(test):
+        raise DataError(f"{root/'pictograms.csv'} lists no pictures for {name}/{task}; reinstall clipprompt, or build it again as chapter 30 shows")
     classnames = sorted(set(rows['class']))
     items = lambda t: [Item(f, classnames.index(c), d) for f, c, d in zip(t['file'], t['class'], t['family'])]
     return DataSet(name, classnames, items(rows[rows.split == 'train']), items(test), task=task, domain=DOMAINS.get(task, as_drawn),
         source=_Archive(str(root/'pictograms.zip'), (root/'pictograms.zip').stat().st_mtime_ns), crop_scale=(0.6, 1.0), flip=False)
 
-# %% ../nbs/04_data.ipynb #data038
-def _subfolders(folder:Path) -> list[str]: return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith('.')) if folder.is_dir() else []
+# %% ../nbs/04_data.ipynb #data040
+def _subfolders(folder:Path) -> list[str]:
+    return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith('.')) if folder.is_dir() else []
 
 def _listed(folder:Path, classes:list[str]) -> list[Item]:
     "All images below the class folders, in order of class and file name"
     found = make_dataset(str(folder), {c: i for i, c in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True)
     return [Item(path, label) for path, label in found if not Path(path).name.startswith('.')]
 
+def _cleaned(folder:Path, classes:list[str]) -> list[str]:
+    "Class names from folder names; they must say something, and not the same thing twice"
+    names = [' '.join(c.replace('_', ' ').split()) for c in classes]
+    for c, name in zip(classes, names):
+        if not name: raise DataError(f"the folder '{folder/c}' gives an empty class name; rename it to a word that CLIP can read")
+        if names.count(name) > 1:
+            twins = ' and '.join(f"'{d}'" for d, other in zip(classes, names) if other == name)
+            raise DataError(f"the folders {twins} in {folder} give the same class name '{name}'; rename or merge them")
+    return names
+
+# %% ../nbs/04_data.ipynb #data042
 def _broken(path:str) -> bool:
+    "Does PIL fail to read it?"
     try:
-        with Image.open(path) as image: image.verify()  # checksums, without decoding
+        with Image.open(path) as image: image.verify()
         with Image.open(path) as image:
-            image.draft('RGB', (64, 64))                # a JPEG cut short shows only when decoded: do it small
+            image.draft('RGB', (64, 64))
             image.load()
-    except Exception: return True
+    except Exception: return True  # PIL raises many kinds
     return False
 
-def _without_broken(items:list[Item], folder:Path, skip:bool) -> list[Item]:
+def _readable(items:list[Item], folder:Path, skip_broken:bool) -> list[Item]:
     bad = {i.path for i in items if _broken(i.path)}
     if not bad: return items
-    names = ', '.join(str(Path(p).relative_to(folder)) for p in sorted(bad)[:10]) + (f' and {len(bad)-10} more' if len(bad) > 10 else '')
-    what = f"{len(bad)} of {len(items)} images in {folder} cannot be read: {names}"
-    if not skip: raise DataError(f'{what}; repair or remove them, or load with skip_broken=True')
-    warnings.warn(f'{what}; left out', stacklevel=4)
+    names = [str(Path(p).relative_to(folder)) for p in sorted(bad)]
+    what = f"{len(bad)} of {len(items)} images in {folder} cannot be read: {', '.join(names[:10])}{f' and {len(names)-10} more' if names[10:] else ''}"
+    if not skip_broken: raise DataError(f'{what}; repair or remove them, or load with skip_broken=True')
+    warnings.warn(f'{what}; left out', stacklevel=4) # points at the call of load_dataset
     return [i for i in items if i.path not in bad]
 
-# %% ../nbs/04_data.ipynb #data039
-def _last_third(items:list[Item], classnames:list[str]) -> tuple[list[Item], list[Item]]:
+# %% ../nbs/04_data.ipynb #data043
+def _last_third(items:list[Item], classnames:list[str]) -> tuple[list[Item], list[Item]]: # train, test
     "Per class, the last third of the file names becomes the test part, at least one"
     train, test = [], []
     for label, name in enumerate(classnames):
@@ -278,6 +299,14 @@ def _last_third(items:list[Item], classnames:list[str]) -> tuple[list[Item], lis
         train += mine[:n]; test += mine[n:]
     return train, test
 
+def _test_part(folder:Path, train_dir:Path, classes:list[str]) -> list[Item]:
+    "The test pictures of a folder that comes with its own split"
+    if extra := set(_subfolders(folder)) - set(classes):
+        raise DataError(f"{folder} has classes that {train_dir} lacks: {', '.join(sorted(extra))}; train and test need the same class folders")
+    if items := _listed(folder, classes): return items
+    raise DataNotFound(f'the test part {folder} has no images; add some, or remove it and a third of the training pictures will be held back')
+
+# %% ../nbs/04_data.ipynb #data044
 def _from_folder(folder:Path, skip_broken:bool) -> DataSet:
     "`folder/class/*.png`, or `folder/train/class/*.png` beside `folder/test/class/*.png`"
     if not folder.is_dir(): raise DataError(f'{folder} is a file; give the folder that holds one folder of images per class')
@@ -285,24 +314,19 @@ def _from_folder(folder:Path, skip_broken:bool) -> DataSet:
     if _subfolders(folder/'train'): # class folders inside: it is the training part, not a class called "train"
         train_dir, test_dir = folder/'train', next((folder/t for t in ('test', 'val') if (folder/t).is_dir()), None)
     classes = _subfolders(train_dir)
-    classnames = [' '.join(c.replace('_', ' ').split()) for c in classes]
-    for c, clean in zip(classes, classnames):
-        if not clean: raise DataError(f"the folder {str(train_dir/c)!r} gives an empty class name; rename it to a word that CLIP can read")
-        if (twins := [d for d, other in zip(classes, classnames) if other == clean])[1:]: raise DataError(f"the folders {' and '.join(map(repr, twins))} in {train_dir} give the same class name '{clean}'; rename or merge them")
-    items = _listed(train_dir, classes) if classes else []
-    if not items: raise DataNotFound(f"no images in class folders under {train_dir}; put them in {train_dir}/CLASS/, endings {' '.join(IMG_EXTENSIONS)}")
+    classnames, items = _cleaned(train_dir, classes), _listed(train_dir, classes) if classes else []
+    if not items: raise DataNotFound(f"no images in class folders under {train_dir}; put them in {train_dir/'CLASS'}, endings {' '.join(IMG_EXTENSIONS)}")
     if len(classes) < 2: raise DataError(f"{train_dir} has one class, '{classnames[0]}'; a classifier needs at least two class folders")
-    items = _without_broken(items, folder, skip_broken)
-    for label, name in enumerate(classnames):
-        if label not in {i.label for i in items}: raise DataError(f"class '{name}' has no readable images in {train_dir/classes[label]}; add some or remove the folder")
-    if test_dir:
-        if extra := set(_subfolders(test_dir)) - set(classes): raise DataError(f"{test_dir} has classes that {train_dir} lacks: {', '.join(sorted(extra))}; train and test need the same class folders")
-        test = _without_broken(_listed(test_dir, classes), folder, skip_broken)
-        if not test: raise DataNotFound(f'the test part {test_dir} has no images; add some, or remove it and a third of the training pictures will be held back')
-    else: items, test = _last_third(items, classnames)
-    return DataSet(folder.name, classnames, items, test, source=_Files(str(folder)))
+    train = _readable(items, folder, skip_broken)
+    there = {i.label for i in train}
+    for label, c in enumerate(classes):
+        if label not in there: raise DataError(f"class '{classnames[label]}' has no readable images in {train_dir/c}; add some or remove the folder")
+    if test_dir: test = _readable(_test_part(test_dir, train_dir, classes), folder, skip_broken)
+    else: train, test = _last_third(train, classnames)
+    if not test: raise DataError(f'no image of the test part {test_dir} can be read; repair them, or remove it and a third of the training pictures will be held back')
+    return DataSet(folder.name, classnames, train, test, source=_Files(str(folder)))
 
-# %% ../nbs/04_data.ipynb #data041
+# %% ../nbs/04_data.ipynb #data046
 def load_dataset(
     name:str|Path='pictograms', # 'pictograms', 'emoji', or the path of a folder of images
     task:str|None=None,         # pictograms: icons, edges, pixels (default), rotated, styles; emoji: icons (default), edges, pixels, rotated
@@ -318,10 +342,10 @@ def load_dataset(
     if root or isinstance(name, Path) or any(c in name for c in '/\\.~'): raise DataNotFound(f'no folder {folder}; check the path')
     raise _unknown('data set', name, [*TASKS, 'or the path of a folder with one folder of images per class'])
 
-# %% ../nbs/04_data.ipynb #data053
+# %% ../nbs/04_data.ipynb #data059
 def _to_tensor(backbone) -> list: return [T.ToTensor(), T.Normalize(backbone.mean, backbone.std)]
 
-# %% ../nbs/04_data.ipynb #data054
+# %% ../nbs/04_data.ipynb #data060
 def train_transform(
     backbone,                    # gives size, interpolation, mean and std
     crop_scale=(0.08, 1.0),      # share of the picture's area that a crop keeps
@@ -337,7 +361,7 @@ def test_transform(backbone) -> T.Compose:
 
 test_transform.__test__ = False # its name would make pytest take it for a test
 
-# %% ../nbs/04_data.ipynb #data060
+# %% ../nbs/04_data.ipynb #data067
 TEMPLATES = dict(
     imagenet='a photo of a {}.', imagenetv2='a photo of a {}.', imagenet_sketch='a photo of a {}.', imagenet_a='a photo of a {}.', imagenet_r='a photo of a {}.',
     caltech101='a photo of a {}.', oxford_pets='a photo of a {}, a type of pet.', stanford_cars='a photo of a {}.', oxford_flowers='a photo of a {}, a type of flower.',

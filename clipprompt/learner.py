@@ -21,7 +21,7 @@ from .backbone import Backbone
 from .prompts import Sentences, clean_names
 from .towers import TextTower, VisionTower
 
-# %% ../nbs/05_learner.ipynb #c006
+# %% ../nbs/05_learner.ipynb #c007
 class Classifier(nn.Module):
     "CLIP as a classifier of named classes; the parameters of a subclass are the trainable ones, CLIP's are not among them"
     learns_text = learns_image = False        # which features depend on what is learned
@@ -58,7 +58,7 @@ class Classifier(nn.Module):
         "Cross-entropy"
         return F.cross_entropy(self(images), labels)
 
-# %% ../nbs/05_learner.ipynb #c010
+# %% ../nbs/05_learner.ipynb #c012
 @dataclass(frozen=True)
 class Recipe:
     "Hyper-parameters of training"
@@ -71,10 +71,11 @@ class Recipe:
     warmup_lr:float=1e-5
     source:str=''               # where the numbers come from
 
-# %% ../nbs/05_learner.ipynb #c012
+# %% ../nbs/05_learner.ipynb #c014
 class PromptLearner(Classifier):
     "The contract of a method (all its parameters are trained)"
     method = 'prompt-learner'   # its name on the command line and in files
+    transfers = True            # can it be bound to other classes?
 
     @classmethod
     def recipe(cls, setting:str='few-shot', shots:int=16, dataset:str='') -> Recipe:
@@ -91,7 +92,8 @@ class PromptLearner(Classifier):
         return loss.item()
 
     def for_classes(self, classnames:list[str]) -> 'PromptLearner':
-        "A copy with the same prompts, bound to other classes"
+        "A copy with the same prompts, bound to other classes. Raises ValueError in a method that does not transfer"
+        if not self.transfers: raise ValueError(f'{self.method} prompts belong to the classes they were trained on and cannot be used for other names')
         other = type(self)(self.backbone, classnames, **self.hparams)
         for p in self.parameters(): other.to(p)        # same device and precision
         other.load_state_dict(self.state_dict())
@@ -113,7 +115,7 @@ class PromptLearner(Classifier):
         learner.load_state_dict(state)
         return learner.to(backbone.device)
 
-# %% ../nbs/05_learner.ipynb #c014
+# %% ../nbs/05_learner.ipynb #c016
 def write_safely(path:str|Path, write):
     "Call `write` with a temporary path, then rename it to `path`: a crash leaves no half file"
     path = Path(path)

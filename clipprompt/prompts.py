@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prompts', 'phrase_tokens', 'Sentences', 'clean_names', 'place']
 
-# %% ../nbs/02_prompts.ipynb #c003
+# %% ../nbs/02_prompts.ipynb #02-003
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 
-# %% ../nbs/02_prompts.ipynb #c006
+# %% ../nbs/02_prompts.ipynb #02-007
 class Prompts(nn.Module):
     "Learned tokens and the rule for what enters the prompt slots before each block"
     def __init__(self,
@@ -33,7 +33,7 @@ class Prompts(nn.Module):
         "Deep prompts (Jia et al. 2022, eq. 4 and 5): fresh tokens for the first J blocks, then whatever came out"
         return self.tokens[layer] if layer < len(self.tokens) else carried
 
-# %% ../nbs/02_prompts.ipynb #c014
+# %% ../nbs/02_prompts.ipynb #02-015
 def phrase_tokens(backbone:Backbone, phrase:str) -> Tensor: # [M, d_t]
     "Embeddings of a phrase's tokens, without SOT and EOT; underscores count as spaces"
     ids = backbone.tokenize([phrase.replace('_', ' ')])[0]
@@ -41,7 +41,7 @@ def phrase_tokens(backbone:Backbone, phrase:str) -> Tensor: # [M, d_t]
     if m < 1: raise ValueError('the initial phrase is empty; give words such as "a photo of a", or None for a random start')
     return backbone.embed(ids[1:1+m]).detach().clone()
 
-# %% ../nbs/02_prompts.ipynb #c017
+# %% ../nbs/02_prompts.ipynb #02-019
 @dataclass
 class Sentences:
     "Token ids of C sentences with the positions of their prompt slots"
@@ -55,7 +55,7 @@ class Sentences:
         ids = backbone.tokenize(texts)
         return cls(ids, ids.new_zeros(len(ids), 0), ids.argmax(-1))
 
-# %% ../nbs/02_prompts.ipynb #c019
+# %% ../nbs/02_prompts.ipynb #02-021
 def clean_names(classnames) -> list[str]:
     "Underscores to spaces; an empty list or an empty name is a ValueError"
     names = [str(c).replace('_', ' ').strip() for c in classnames]
@@ -63,7 +63,7 @@ def clean_names(classnames) -> list[str]:
     if '' in names: raise ValueError(f'class name number {names.index("")} is empty; name every class (folder names become class names)')
     return names
 
-# %% ../nbs/02_prompts.ipynb #c021
+# %% ../nbs/02_prompts.ipynb #02-023
 def _order(position:str, M:int, n_name:int, length:int) -> list[int]:
     "Old positions in their new order"
     context, name = list(range(1, M+1)), list(range(M+1, M+1+n_name))

@@ -29,14 +29,14 @@ def lr_at(recipe:Recipe,
     if epoch <= recipe.warmup_epochs: return recipe.warmup_lr
     return .5*recipe.lr*(1+math.cos(math.pi*(epoch-1-recipe.warmup_epochs)/recipe.epochs))
 
-# %% ../nbs/06_training.ipynb #c010
+# %% ../nbs/06_training.ipynb #c011
 def _epoch_batches(pictures:Dataset, batch_size:int, seed:int, epoch:int):
     "Shuffled, augmented batches of one epoch, a function of (seed, epoch) alone; a last incomplete batch is dropped when a full one exists"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1_000_003*seed + epoch)
         yield from DataLoader(pictures, batch_size, shuffle=True, drop_last=len(pictures) >= batch_size)
 
-# %% ../nbs/06_training.ipynb #c012
+# %% ../nbs/06_training.ipynb #c013
 @dataclass
 class Fit:
     "What happened in training"
@@ -76,7 +76,7 @@ def fit(
     learner.eval()
     return Fit(recipe, seed, losses, perf_counter()-start)
 
-# %% ../nbs/06_training.ipynb #c014
+# %% ../nbs/06_training.ipynb #c015
 def _checkpoint(path, learner, optimizer, run, losses):
     state = {f'param.{n}': p.detach().contiguous() for n, p in learner.named_parameters()}
     state |= {f'momentum.{n}': b for n, p in learner.named_parameters() if (b := optimizer.state[p].get('momentum_buffer')) is not None}
@@ -97,7 +97,7 @@ def _resume(path, learner, optimizer, run) -> list[float]:
             if f'momentum.{n}' in state: optimizer.state[p]['momentum_buffer'] = state[f'momentum.{n}'].to(p)
     return json.loads(meta['losses'])
 
-# %% ../nbs/06_training.ipynb #c016
+# %% ../nbs/06_training.ipynb #c017
 @dataclass
 class Evaluation:
     "Scores of a test set"

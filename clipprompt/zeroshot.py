@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['ZeroShot', 'best_template', 'BestTemplate', 'LinearProbe']
 
-# %% ../nbs/10_zeroshot.ipynb #c003
+# %% ../nbs/10_zeroshot.ipynb #10-003
+import warnings
+
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -18,7 +20,7 @@ from .learner import PromptLearner
 from .prompts import Sentences, clean_names
 from .training import encode, evaluate
 
-# %% ../nbs/10_zeroshot.ipynb #c005
+# %% ../nbs/10_zeroshot.ipynb #10-005
 class ZeroShot(PromptLearner):
     "Hand-written templates, averaged when there are several (Radford et al. 2021, section 3.1.4)"
     method = 'zero-shot'
@@ -39,7 +41,7 @@ class ZeroShot(PromptLearner):
             self.kept = F.normalize(t.sum(0), dim=-1)  # [K, C, E] -> [C, E]
         return self.kept
 
-# %% ../nbs/10_zeroshot.ipynb #c011
+# %% ../nbs/10_zeroshot.ipynb #10-014
 def best_template(
     backbone:Backbone,
     data:DataSet,                          # its training split decides
@@ -57,10 +59,10 @@ class BestTemplate(ZeroShot):
         "Look at the training images and keep one template"
         return type(self)(self.backbone, self.classnames, best_template(self.backbone, data))
 
-# %% ../nbs/10_zeroshot.ipynb #c014
+# %% ../nbs/10_zeroshot.ipynb #10-017
 class LinearProbe(PromptLearner):
     "Logistic regression on frozen image features (Radford et al. 2021, section 3.2)"
-    method = 'linear-probe'
+    method, transfers = 'linear-probe', False   # it knows classes by number only
 
     def __init__(self, backbone:Backbone, classnames:list[str]):
         super().__init__(backbone, classnames)
@@ -75,6 +77,7 @@ class LinearProbe(PromptLearner):
     @torch.no_grad()
     def solve(self, features:Tensor, labels:Tensor):
         "Fit on features [N, E] and labels [N]; called by `fit`"
+        warnings.filterwarnings('ignore', 'The number of unique classes')   # one image per class is what we mean
         x, y = (self.backbone.logit_scale*features).float().cpu().numpy(), labels.cpu().numpy()
         folds = min(4, int(labels.bincount(minlength=len(self.classnames)).min()))
         if folds < 1: raise ValueError('a linear probe needs at least one training image of every class')
@@ -84,6 +87,3 @@ class LinearProbe(PromptLearner):
         W, b = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
         if len(self.classnames) == 2: W, b = torch.cat([-W, W])/2, torch.cat([-b, b])/2   # scikit-learn keeps one row for two classes
         self.weight.copy_(W); self.bias.copy_(b)
-
-    def for_classes(self, classnames):
-        raise ValueError('a linear probe knows its classes by number only and cannot be used for other classes; use a method with class names')

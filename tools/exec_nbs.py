@@ -76,7 +76,7 @@ def main():
             secs, err = job.result()
             print(f'{p.name}: {"FAILED after " if err else ""}{secs:.1f} s', flush=True)
             if err: failed.append(err)
-    print('\n'.join(failed), file=sys.stderr)
+    if failed: print('\n'.join(failed), file=sys.stderr)
     return bool(failed)
 
 

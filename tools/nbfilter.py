@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Prepare one notebook for the book: Quarto pipes its JSON in and takes what this prints (`ipynb-filters`).
 
-nbdev's own processors, with three changes that a book needs:
+nbdev's own processors, with four changes that a book needs:
 
 - exported cells stay visible (nbdev replaces `#| export` cells by their documentation; here the code is the text);
+- nothing but exported cells and `show_doc` runs (nbdev runs every cell that has an import in it, training included);
 - names in backticks link to this package only, not to whichever nbdev libraries are installed;
 - those links are relative, to the notebook that defines the name, so they work offline and in previews.
 
@@ -20,7 +21,8 @@ from execnb.nbio import dict2nb, nb2str
 from fastcore.xtras import loads
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, nbglob
-from nbdev.processors import FilterDefaults, add_links
+from nbdev.process import Processor
+from nbdev.processors import FilterDefaults, add_links, exec_show_docs, mv_exports
 
 
 def show_exports(nb):
@@ -31,7 +33,9 @@ def show_exports(nb):
 
 def relink(md, base, pages):
     "Turn `{base}/backbone.html#x` into `01_backbone.ipynb#x`, which Quarto resolves to that notebook's page"
-    return re.sub(re.escape(base)+r'/?([\w.-]+\.html)', lambda m: pages.get(m[1], m[0]), md)
+    def to_nb(m): return pages[m[1]] + (m[2] or '') if m[1] in pages else m[0]
+    # a method has no heading of its own: `#class.method` leads to the class
+    return re.sub(re.escape(base) + r'/?([\w.-]+\.html)(#\w+)?(?:\.\w+)*', to_nb, md)
 
 
 def own_links(cell):
@@ -48,8 +52,29 @@ def own_links(cell):
         if md: o['data']['text/markdown'] = [relink(look.link_line(s), base, pages) for s in ([md] if isinstance(md, str) else md)]
 
 
+class ExecDocs(exec_show_docs):
+    "Run what the documentation of names needs"
+    def __call__(self, cell):
+        if cell.cell_type != 'code': return
+        if cell.directives_.keys() & {'export', 'exports', 'exporti'} or 'show_doc(' in (cell.source or ''): super().__call__(cell)
+
+
+class DocsFirst(Processor):
+    "The documentation of all names of a cell, in their order, then its code (nbdev moves only one of them)"
+    def begin(self):
+        cells, out = list(self.nb.cells), []
+        while cells:
+            code, docs = cells.pop(0), []
+            if code.cell_type == 'code' and 'exports' in code.directives_:
+                while cells and getattr(cells[0], 'has_sd', False): docs.insert(0, cells.pop(0))
+            out += docs + [code]
+        self.nb.cells[:] = out
+
+
 class BookFilter(FilterDefaults):
-    def base_procs(self): return [own_links if p is add_links else p for p in super().base_procs()]
+    def base_procs(self):
+        ours = {add_links: own_links, exec_show_docs: ExecDocs, mv_exports: DocsFirst}
+        return [ours.get(p, p) for p in super().base_procs()]
 
 
 def filter_nb(txt, path):
