@@ -7,7 +7,7 @@ __all__ = ['DOMAINS', 'TASKS', 'TEMPLATES', 'ENSEMBLE', 'PICTOGRAM_TEMPLATES', '
            'edge_map', 'pixelate', 'rotate90', 'Item', 'Pictures', 'DataSet', 'load_dataset', 'train_transform',
            'test_transform']
 
-# %% ../nbs/04_data.ipynb #data002
+# %% ../nbs/04_data.ipynb #04-002
 import difflib, hashlib, json, random, warnings, zipfile, zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -25,20 +25,20 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from .backbone import assets
 
-# %% ../nbs/04_data.ipynb #data004
+# %% ../nbs/04_data.ipynb #04-004
 class DataError(ValueError):
     "The data cannot be used; one line says why and what to do"
 
 class DataNotFound(DataError, FileNotFoundError):
     "There is nothing where the data should be"
 
-# %% ../nbs/04_data.ipynb #data005
+# %% ../nbs/04_data.ipynb #04-005
 def _unknown(what:str, given:str, known) -> DataError:
     near = difflib.get_close_matches(str(given), known, 1, 0.5)
     hint = f": did you mean '{near[0]}'?" if near else ';'
     return DataError(f"unknown {what} '{given}'{hint} known: {', '.join(known)}")
 
-# %% ../nbs/04_data.ipynb #data010
+# %% ../nbs/04_data.ipynb #04-010
 def as_drawn(image:Image.Image) -> Image.Image:
     "The picture itself"
     return image
@@ -61,7 +61,7 @@ def rotate90(image:Image.Image) -> Image.Image:
 
 DOMAINS = {'icons': as_drawn, 'edges': edge_map, 'pixels': pixelate, 'rotated': rotate90}
 
-# %% ../nbs/04_data.ipynb #data015
+# %% ../nbs/04_data.ipynb #04-015
 def _to_rgb(image:Image.Image) -> Image.Image:
     "RGB on white paper"
     if image.has_transparency_data:
@@ -83,7 +83,7 @@ class _Files:
     def mark(self, path:str) -> str:
         return f'{Path(path).relative_to(self.root).as_posix()} {Path(path).stat().st_size}'
 
-# %% ../nbs/04_data.ipynb #data019
+# %% ../nbs/04_data.ipynb #04-019
 @lru_cache(maxsize=2)
 def _unzip(path:str, changed:int) -> dict[str, np.ndarray]: # name -> uint8 [H, W] or [H, W, 3]
     "All pictures of an archive, decoded once per process; `changed` is the file's time"
@@ -106,7 +106,7 @@ class _Archive:
 
     def mark(self, name:str) -> str: return f'{name} {zlib.crc32(self._pixels(name).tobytes())}'
 
-# %% ../nbs/04_data.ipynb #data021
+# %% ../nbs/04_data.ipynb #04-021
 @dataclass(frozen=True)
 class Item:
     "One picture and what it shows"
@@ -114,7 +114,7 @@ class Item:
     label:int     # place in the list of class names
     domain:str='' # who or what made it: in Pictograms, the family of icons
 
-# %% ../nbs/04_data.ipynb #data023
+# %% ../nbs/04_data.ipynb #04-023
 def sample_shots(
     items:list[Item], # the training list, in its own order
     shots:int,        # K, per class
@@ -125,16 +125,16 @@ def sample_shots(
     for item in items: by_label[item.label].append(item) # a dict keeps the order of first appearance
     return [i for mine in by_label.values() for i in (rng.sample(mine, shots) if len(mine) >= shots else mine)]
 
-# %% ../nbs/04_data.ipynb #data027
+# %% ../nbs/04_data.ipynb #04-027
 def relabel(items:list[Item], labels) -> list[Item]:
     "The items with one of these labels, renumbered from 0"
     new = {label: i for i, label in enumerate(labels)}
     return [replace(i, label=new[i.label]) for i in items if i.label in new]
 
-# %% ../nbs/04_data.ipynb #data030
+# %% ../nbs/04_data.ipynb #04-030
 def _digest(*parts) -> str: return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-# %% ../nbs/04_data.ipynb #data031
+# %% ../nbs/04_data.ipynb #04-031
 class Pictures(Dataset):
     "Items as a torch data set of (image [3, H, W], label)"
     def __init__(self,
@@ -155,7 +155,7 @@ class Pictures(Dataset):
         "16 hex digits over pictures, labels, domain and transform: equal digits, equal tensors (if nothing in the transform is random)"
         return _digest(self.data._marks(self.items), self.data.domain.__name__, repr(self.transform))
 
-# %% ../nbs/04_data.ipynb #data033
+# %% ../nbs/04_data.ipynb #04-033
 @dataclass(repr=False)
 class DataSet:
     "Class names, pictures to train and to test on, and how to read them"
@@ -228,10 +228,10 @@ class DataSet:
         "16 hex digits over names, labels, pictures and domain"
         return _digest(self.name, self.classnames, self._marks(self.train), self._marks(self.test), self.domain.__name__)
 
-# %% ../nbs/04_data.ipynb #data037
+# %% ../nbs/04_data.ipynb #04-037
 TASKS = {'pictograms': [*DOMAINS, 'styles'], 'emoji': [*DOMAINS]}
 
-# %% ../nbs/04_data.ipynb #data038
+# %% ../nbs/04_data.ipynb #04-038
 def _pictograms(name:str, task:str|None, root:Path) -> DataSet:
     "The shipped benchmark (`pictograms`) or its second data set (`emoji`)"
     task = task or {'pictograms': 'pixels', 'emoji': 'icons'}[name]
@@ -249,7 +249,7 @@ def _pictograms(name:str, task:str|None, root:Path) -> DataSet:
     return DataSet(name, classnames, items(rows[rows.split == 'train']), items(test), task=task, domain=DOMAINS.get(task, as_drawn),
         source=_Archive(str(root/'pictograms.zip'), (root/'pictograms.zip').stat().st_mtime_ns), crop_scale=(0.6, 1.0), flip=False)
 
-# %% ../nbs/04_data.ipynb #data040
+# %% ../nbs/04_data.ipynb #04-040
 def _subfolders(folder:Path) -> list[str]:
     return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith('.')) if folder.is_dir() else []
 
@@ -268,7 +268,7 @@ def _cleaned(folder:Path, classes:list[str]) -> list[str]:
             raise DataError(f"the folders {twins} in {folder} give the same class name '{name}'; rename or merge them")
     return names
 
-# %% ../nbs/04_data.ipynb #data042
+# %% ../nbs/04_data.ipynb #04-042
 def _broken(path:str) -> bool:
     "Does PIL fail to read it?"
     try:
@@ -288,7 +288,7 @@ def _readable(items:list[Item], folder:Path, skip_broken:bool) -> list[Item]:
     warnings.warn(f'{what}; left out', stacklevel=4) # points at the call of load_dataset
     return [i for i in items if i.path not in bad]
 
-# %% ../nbs/04_data.ipynb #data043
+# %% ../nbs/04_data.ipynb #04-043
 def _last_third(items:list[Item], classnames:list[str]) -> tuple[list[Item], list[Item]]: # train, test
     "Per class, the last third of the file names becomes the test part, at least one"
     train, test = [], []
@@ -306,7 +306,7 @@ def _test_part(folder:Path, train_dir:Path, classes:list[str]) -> list[Item]:
     if items := _listed(folder, classes): return items
     raise DataNotFound(f'the test part {folder} has no images; add some, or remove it and a third of the training pictures will be held back')
 
-# %% ../nbs/04_data.ipynb #data044
+# %% ../nbs/04_data.ipynb #04-044
 def _from_folder(folder:Path, skip_broken:bool) -> DataSet:
     "`folder/class/*.png`, or `folder/train/class/*.png` beside `folder/test/class/*.png`"
     if not folder.is_dir(): raise DataError(f'{folder} is a file; give the folder that holds one folder of images per class')
@@ -326,7 +326,7 @@ def _from_folder(folder:Path, skip_broken:bool) -> DataSet:
     if not test: raise DataError(f'no image of the test part {test_dir} can be read; repair them, or remove it and a third of the training pictures will be held back')
     return DataSet(folder.name, classnames, train, test, source=_Files(str(folder)))
 
-# %% ../nbs/04_data.ipynb #data046
+# %% ../nbs/04_data.ipynb #04-046
 def load_dataset(
     name:str|Path='pictograms', # 'pictograms', 'emoji', or the path of a folder of images
     task:str|None=None,         # pictograms: icons, edges, pixels (default), rotated, styles; emoji: icons (default), edges, pixels, rotated
@@ -342,10 +342,10 @@ def load_dataset(
     if root or isinstance(name, Path) or any(c in name for c in '/\\.~'): raise DataNotFound(f'no folder {folder}; check the path')
     raise _unknown('data set', name, [*TASKS, 'or the path of a folder with one folder of images per class'])
 
-# %% ../nbs/04_data.ipynb #data059
+# %% ../nbs/04_data.ipynb #04-059
 def _to_tensor(backbone) -> list: return [T.ToTensor(), T.Normalize(backbone.mean, backbone.std)]
 
-# %% ../nbs/04_data.ipynb #data060
+# %% ../nbs/04_data.ipynb #04-060
 def train_transform(
     backbone,                    # gives size, interpolation, mean and std
     crop_scale=(0.08, 1.0),      # share of the picture's area that a crop keeps
@@ -361,7 +361,7 @@ def test_transform(backbone) -> T.Compose:
 
 test_transform.__test__ = False # its name would make pytest take it for a test
 
-# %% ../nbs/04_data.ipynb #data067
+# %% ../nbs/04_data.ipynb #04-067
 TEMPLATES = dict(
     imagenet='a photo of a {}.', imagenetv2='a photo of a {}.', imagenet_sketch='a photo of a {}.', imagenet_a='a photo of a {}.', imagenet_r='a photo of a {}.',
     caltech101='a photo of a {}.', oxford_pets='a photo of a {}, a type of pet.', stanford_cars='a photo of a {}.', oxford_flowers='a photo of a {}, a type of flower.',

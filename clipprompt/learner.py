@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Classifier', 'Recipe', 'PromptLearner', 'write_safely', 'read_prompts']
 
-# %% ../nbs/05_learner.ipynb #c003
+# %% ../nbs/05_learner.ipynb #05-003
 import json, os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from .backbone import Backbone
 from .prompts import Sentences, clean_names
 from .towers import TextTower, VisionTower
 
-# %% ../nbs/05_learner.ipynb #c007
+# %% ../nbs/05_learner.ipynb #05-007
 class Classifier(nn.Module):
     "CLIP as a classifier of named classes; the parameters of a subclass are the trainable ones, CLIP's are not among them"
     learns_text = learns_image = False        # which features depend on what is learned
@@ -40,7 +40,8 @@ class Classifier(nn.Module):
         with torch.no_grad(): return F.normalize(self.text(Sentences.of(self.backbone, [f'a photo of a {c}.' for c in self.classnames])), dim=-1)
 
     def image_features(self, images:Tensor) -> Tensor: # [B, 3, H, W] -> [B, E], unit rows
-        "Features of images"
+        "Features of images; what is already [B, E] passes, so that frozen features can be kept and used in place of images"
+        if images.ndim == 2: return images
         with torch.no_grad(): return F.normalize(self.vision(images), dim=-1)
 
     def logits(self,
@@ -58,7 +59,7 @@ class Classifier(nn.Module):
         "Cross-entropy"
         return F.cross_entropy(self(images), labels)
 
-# %% ../nbs/05_learner.ipynb #c012
+# %% ../nbs/05_learner.ipynb #05-012
 @dataclass(frozen=True)
 class Recipe:
     "Hyper-parameters of training"
@@ -69,9 +70,10 @@ class Recipe:
     weight_decay:float=5e-4
     warmup_epochs:int=1
     warmup_lr:float=1e-5
+    views:int|None=None         # augmented views per image, drawn once and used in turn; None draws anew in each epoch, as the papers do
     source:str=''               # where the numbers come from
 
-# %% ../nbs/05_learner.ipynb #c014
+# %% ../nbs/05_learner.ipynb #05-014
 class PromptLearner(Classifier):
     "The contract of a method (all its parameters are trained)"
     method = 'prompt-learner'   # its name on the command line and in files
@@ -115,7 +117,7 @@ class PromptLearner(Classifier):
         learner.load_state_dict(state)
         return learner.to(backbone.device)
 
-# %% ../nbs/05_learner.ipynb #c016
+# %% ../nbs/05_learner.ipynb #05-016
 def write_safely(path:str|Path, write):
     "Call `write` with a temporary path, then rename it to `path`: a crash leaves no half file"
     path = Path(path)

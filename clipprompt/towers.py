@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['take', 'put', 'trim', 'TextTower', 'VisionTower']
 
-# %% ../nbs/03_towers.ipynb #c003
+# %% ../nbs/03_towers.ipynb #03-003
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .backbone import Backbone
 from .prompts import Prompts, Sentences
 
-# %% ../nbs/03_towers.ipynb #c007
+# %% ../nbs/03_towers.ipynb #03-007
 def take(x:Tensor, slots:Tensor) -> Tensor:
     "What stands at the slots: [C, L, D], [C, n] -> [C, n, D]"
     return x.gather(1, slots[..., None].expand(-1, -1, x.shape[-1]))
@@ -23,7 +23,7 @@ def put(x:Tensor, slots:Tensor, tokens:Tensor) -> Tensor:
     where = slots[..., None].expand(-1, -1, x.shape[-1])
     return x.scatter(1, where, tokens.to(x.dtype).expand(where.shape))
 
-# %% ../nbs/03_towers.ipynb #c010
+# %% ../nbs/03_towers.ipynb #03-010
 def trim(s:Sentences) -> Sentences:
     "Cut what stands behind the longest EOT (and behind the last slot): the causal mask keeps it from being read"
     last = torch.cat([s.eot, s.slots.flatten()]).max()+1
@@ -51,7 +51,7 @@ class TextTower:
         x = clip.ln_final(x[torch.arange(len(x), device=x.device), s.eot])      # [C, d_t]: only EOT is read
         return x @ clip.text_projection if isinstance(clip.text_projection, Tensor) else clip.text_projection(x)
 
-# %% ../nbs/03_towers.ipynb #c020
+# %% ../nbs/03_towers.ipynb #03-020
 class VisionTower:
     "The frozen ViT with prompt slots (Dosovitskiy et al. 2021; slots as in Jia et al. 2022, section 3.2)"
     def __init__(self, backbone:Backbone,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lr_at', 'Fit', 'fit', 'Evaluation', 'encode', 'evaluate']
 
-# %% ../nbs/06_training.ipynb #c003
+# %% ../nbs/06_training.ipynb #06-003
 import json, math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm.auto import tqdm
 
 from .data import DataSet, test_transform, train_transform
 from .learner import PromptLearner, Recipe, write_safely
 
-# %% ../nbs/06_training.ipynb #c005
+# %% ../nbs/06_training.ipynb #06-005
 def lr_at(recipe:Recipe,
     epoch:int,  # counted from 1
 ) -> float:
@@ -29,14 +29,31 @@ def lr_at(recipe:Recipe,
     if epoch <= recipe.warmup_epochs: return recipe.warmup_lr
     return .5*recipe.lr*(1+math.cos(math.pi*(epoch-1-recipe.warmup_epochs)/recipe.epochs))
 
-# %% ../nbs/06_training.ipynb #c011
+# %% ../nbs/06_training.ipynb #06-011
 def _epoch_batches(pictures:Dataset, batch_size:int, seed:int, epoch:int):
     "Shuffled, augmented batches of one epoch, a function of (seed, epoch) alone; a last incomplete batch is dropped when a full one exists"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1_000_003*seed + epoch)
         yield from DataLoader(pictures, batch_size, shuffle=True, drop_last=len(pictures) >= batch_size)
 
-# %% ../nbs/06_training.ipynb #c013
+# %% ../nbs/06_training.ipynb #06-013
+def _epochs(learner:PromptLearner, data:DataSet, recipe:Recipe, seed:int, first:int):
+    "(epoch, its batches) from epoch `first` on"
+    pictures = data.pictures('train', train_transform(learner.backbone, data.crop_scale, data.flip))
+    if recipe.views and learner.learns_image: raise ValueError(f'{learner.method} learns on the image side, so its image features cannot be kept; use a recipe with views=None')
+    kept = {}
+    for epoch in range(first, recipe.epochs+1):
+        seen = pictures
+        if recipe.views:
+            v = (epoch-1) % recipe.views
+            if v not in kept:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(1_000_003*seed + v)
+                    kept[v] = TensorDataset(*(t.cpu() for t in encode(learner, pictures)))
+            seen = kept[v]
+        yield epoch, _epoch_batches(seen, recipe.batch_size, seed, epoch)
+
+# %% ../nbs/06_training.ipynb #06-015
 @dataclass
 class Fit:
     "What happened in training"
@@ -62,21 +79,20 @@ def fit(
     if hasattr(learner, 'solve'):
         learner.solve(*encode(learner, data.pictures('train', test_transform(learner.backbone)), progress=False))
     elif params := list(learner.parameters()):
-        pictures = data.pictures('train', train_transform(learner.backbone, data.crop_scale, data.flip))
         optimizer = torch.optim.SGD(params, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
         run = dict(method=learner.method, hparams=learner.hparams, recipe=asdict(recipe), seed=seed, data=data.fingerprint, fingerprint=learner.backbone.fingerprint)
         if checkpoint: losses = _resume(checkpoint, learner, optimizer, run)
-        bar = tqdm(range(len(losses)+1, recipe.epochs+1), desc=learner.method, unit='epoch', disable=not progress, leave=False)
-        for epoch in bar:
+        epochs = _epochs(learner, data, recipe, seed, first=len(losses)+1)
+        for epoch, batches in (bar := tqdm(epochs, learner.method, recipe.epochs, initial=len(losses), unit='epoch', disable=not progress, leave=False)):
             for group in optimizer.param_groups: group['lr'] = lr_at(recipe, epoch)
-            steps = [learner.training_step((x.to(device), y.to(device)), optimizer) for x, y in _epoch_batches(pictures, recipe.batch_size, seed, epoch)]
+            steps = [learner.training_step((x.to(device), y.to(device)), optimizer) for x, y in batches]
             losses.append(sum(steps)/len(steps))
             bar.set_postfix(loss=f'{losses[-1]:.3f}')
             if checkpoint: _checkpoint(checkpoint, learner, optimizer, run, losses)
     learner.eval()
     return Fit(recipe, seed, losses, perf_counter()-start)
 
-# %% ../nbs/06_training.ipynb #c015
+# %% ../nbs/06_training.ipynb #06-017
 def _checkpoint(path, learner, optimizer, run, losses):
     state = {f'param.{n}': p.detach().contiguous() for n, p in learner.named_parameters()}
     state |= {f'momentum.{n}': b for n, p in learner.named_parameters() if (b := optimizer.state[p].get('momentum_buffer')) is not None}
@@ -97,7 +113,7 @@ def _resume(path, learner, optimizer, run) -> list[float]:
             if f'momentum.{n}' in state: optimizer.state[p]['momentum_buffer'] = state[f'momentum.{n}'].to(p)
     return json.loads(meta['losses'])
 
-# %% ../nbs/06_training.ipynb #c017
+# %% ../nbs/06_training.ipynb #06-019
 @dataclass
 class Evaluation:
     "Scores of a test set"

@@ -40,8 +40,8 @@ def filtered(path):
     return json.loads(r.stdout)
 
 
-def nb2md(nb):
-    "Markdown of a filtered notebook, as Quarto would hand it to Pandoc; pictures become `x.png`"
+def nb2md(nb, plain=False):
+    "Markdown of a filtered notebook, as Quarto would hand it to Pandoc with pictures as `x.png`; `plain` has no pictures or labels"
     out = []
     for c in nb['cells']:
         src = text(c.get('source'))
@@ -55,13 +55,13 @@ def nb2md(nb):
         if opts.get('echo') != 'False' and code.strip(): out.append(fence(code, 'python'))
         outputs = [] if opts.get('output') == 'False' else c.get('outputs') or []
         label = opts.get('label', '')
-        if label:  # what Quarto can refer to: a figure, a table, a listing
+        if label and not plain:  # what Quarto can refer to: a figure, a table, a listing
             caption = opts.get('fig-cap') or opts.get('tbl-cap') or opts.get('lst-cap') or ''
             out.append(f'::: {{#{label}}}\n{caption}\n:::')
         for o in outputs:
             d = o.get('data') or {}
             if 'text/markdown' in d: out.append(text(d['text/markdown']))
-            elif any(k.startswith('image/') for k in d): out.append('![](x.png)')
+            elif any(k.startswith('image/') for k in d): out += [] if plain else ['![](x.png)']
             elif o.get('output_type') != 'error': out.append(fence(text(o.get('text') or d.get('text/plain'))))
     return '\n\n'.join(out)
 

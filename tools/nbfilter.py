@@ -3,13 +3,16 @@
 
 nbdev's own processors, with four changes that a book needs:
 
-- exported cells stay visible (nbdev replaces `#| export` cells by their documentation; here the code is the text);
-- nothing but exported cells and `show_doc` runs (nbdev runs every cell that has an import in it, training included);
+- exported cells stay visible (nbdev replaces `#| export` cells by their documentation; here the code is the text, and
+  the documentation of its names, in their order, stands before it);
+- nothing but `show_doc` runs, with the names of the exported module (nbdev runs exported cells, which then cannot
+  name later ones in their annotations, and every cell that has an import in it, training included);
 - names in backticks link to this package only, not to whichever nbdev libraries are installed;
 - those links are relative, to the notebook that defines the name, so they work offline and in previews.
 
 Runs in the notebook's folder.
 """
+import importlib
 import os
 import re
 import sys
@@ -53,14 +56,20 @@ def own_links(cell):
 
 
 class ExecDocs(exec_show_docs):
-    "Run what the documentation of names needs"
+    "Run `show_doc`, with the names of the module that the notebook exports"
+    def begin(self):
+        super().begin()
+        mod = next((c.directives_['default_exp'][0] for c in self.nb.cells if 'default_exp' in getattr(c, 'directives_', {})), None)
+        if mod is None: return
+        names = vars(importlib.import_module(f'{get_config().lib_name}.{mod}'))
+        self.k.user_ns.update({k: v for k, v in names.items() if not k.startswith('__')})
+
     def __call__(self, cell):
-        if cell.cell_type != 'code': return
-        if cell.directives_.keys() & {'export', 'exports', 'exporti'} or 'show_doc(' in (cell.source or ''): super().__call__(cell)
+        if cell.cell_type == 'code' and 'show_doc(' in (cell.source or ''): super().__call__(cell)
 
 
 class DocsFirst(Processor):
-    "The documentation of all names of a cell, in their order, then its code (nbdev moves only one of them)"
+    "The documentation of all names of a cell, then its code (nbdev moves only one of them)"
     def begin(self):
         cells, out = list(self.nb.cells), []
         while cells:
@@ -88,6 +97,7 @@ def filter_nb(txt, path):
 if __name__ == '__main__':
     os.environ['IN_TEST'] = '1'  # a cell that calls nbdev_export() does nothing
     warnings.simplefilter('ignore')
+    sys.path.insert(0, str(get_config().config_path))  # this checkout's package, whatever is installed
     txt = sys.stdin.read()
     # Quarto does not say which notebook it sends
     path = next((p for p in sorted(Path.cwd().glob('*.ipynb')) if p.read_text(encoding='utf-8') == txt), None)

@@ -1,0 +1,78 @@
+"What several test files need: small worlds, and the command line run in this process."
+import contextlib
+import io
+import re
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+
+from clipprompt.backbone import build_backbone
+from clipprompt.cli import main
+
+TINY = dict(embed_dim=16, vision_cfg=dict(image_size=32, layers=3, width=32, head_width=16, patch_size=8),
+            text_cfg=dict(context_length=77, vocab_size=49408, width=24, heads=2, layers=3))
+
+
+def tiny_clip(seed=0, dtype=torch.float32):
+    "An untrained CLIP with three blocks in each tower"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build_backbone(TINY, name=f'tiny-{seed}').to(device='cpu', dtype=dtype)
+
+
+def colours(folder, classes=('red', 'green_thing', 'blue', 'grey'), n=6):
+    "One folder per class with n noisy pictures of one colour each: a linear probe tells them apart"
+    for c, name in enumerate(classes):
+        (folder/name).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            pixels = np.random.default_rng(100*c + i).integers(0, 60, (20, 20, 3))
+            pixels[..., [0, 1, 2] if c % 4 == 3 else [c % 4]] += 150
+            Image.fromarray(pixels.astype(np.uint8)).save(folder/name/f'{i}.png')
+    return folder
+
+
+class Result:
+    def __init__(self, code, out, err): self.code, self.out, self.err = code, out, err
+    def __repr__(self): return f'exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}'
+
+    @property
+    def said(self):
+        "Lines on stderr, without progress bars and without the line by which `compare` says what it is about to do"
+        lines = re.split(r'[\r\n]', re.sub(r'\x1b\[\w', '', self.err))
+        return [l for l in lines if l.strip() and not re.search(r'\d+(/\d+)? ?(run|epoch|batch|\[\d\d:)', l) and ' on cpu, ' not in l]
+
+
+def clipprompt(*args):
+    "`clipprompt ARGS` through the installed command's own entry point"
+    out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = ['clipprompt', *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): main()
+    except SystemExit as e: code = e.code
+    finally: sys.argv = argv
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def works(*args):
+    r = clipprompt(*args)
+    assert r.code in (0, None), r
+    return r
+
+
+def refused(*args, says=(), code=1):
+    "The command line's contract for bad input: one line on stderr with cause and cure, exit code 1, no traceback"
+    r = clipprompt(*args)
+    assert r.code == code and 'Traceback' not in r.err + r.out, r
+    assert len(r.said) == 1 and r.said[0].startswith('error: ') and len(r.said[0]) < 500, r
+    for words in says: assert words in r.said[0], f'{words!r} not in: {r.said[0]}'
+    return r
+
+
+def one_line(error, *says):
+    "The same for an exception"
+    message = str(error.value)
+    assert message and '\n' not in message and len(message) < 500, message
+    for words in says: assert words in message, f'{words!r} not in: {message}'
+    return message

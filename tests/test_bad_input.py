@@ -1,0 +1,383 @@
+"""Bad input gets one line that names the cause and the cure, from Python and from the command line.
+
+What `load_dataset` says is tested in test_data.py; here it goes through the command line as well.
+"""
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from clipprompt import backbone as backbone_module
+from clipprompt.backbone import assets, build_backbone, load_backbone
+from clipprompt.coop import CoOp, nearest_words
+from clipprompt.data import load_dataset
+from clipprompt.learner import Recipe, read_prompts, write_safely
+from clipprompt.prompts import phrase_tokens
+from clipprompt.protocols import PROTOCOLS, Method, protocol
+from clipprompt.report import compare, find_method, load_prompts
+from clipprompt.training import evaluate, fit
+from clipprompt.zeroshot import LinearProbe, ZeroShot
+from helpers import TINY, colours, one_line, refused, tiny_clip, works
+
+NAMES = ['red', 'green thing', 'blue', 'grey']
+
+
+@pytest.fixture(scope='module')
+def clip(): return tiny_clip()
+
+
+@pytest.fixture(scope='module')
+def picto(): return load_backbone(device='cpu')
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory): return colours(tmp_path_factory.mktemp('data')/'photos')
+
+
+@pytest.fixture(scope='module')
+def prompts(tmp_path_factory, picto):
+    "Prompt files for picto-clip by name"
+    folder = tmp_path_factory.mktemp('prompts')
+    for name, learner in dict(coop=CoOp(picto, NAMES, n_ctx=2), csc=CoOp(picto, NAMES, n_ctx=2, csc=True), probe=LinearProbe(picto, NAMES)).items():
+        learner.save(folder/f'{name}.safetensors')
+    return folder
+
+
+# ---- folders and images --------------------------------------------------------------------------------------------
+
+def no_images(folder): (folder/'red').mkdir(parents=True); (folder/'blue').mkdir()
+def one_class(folder): colours(folder, ['red'])
+def nameless(folder): colours(folder, ['red', '_'])
+
+@pytest.mark.parametrize('make,says', [(no_images, ['no images', 'put them in']), (one_class, ['one class', 'at least two']), (nameless, ['empty class name', 'rename'])])
+@pytest.mark.parametrize('command', [('train',), ('compare', '--task')], ids='train compare'.split())
+def test_useless_folder(tmp_path, make, says, command):
+    make(tmp_path/'photos')
+    refused(*command, tmp_path/'photos', '--out', tmp_path/'out', says=['photos', *says])
+    assert not (tmp_path/'out').exists()
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    "Readable but for one picture"
+    folder = colours(tmp_path/'photos')
+    whole = (folder/'blue'/'1.png').read_bytes()
+    (folder/'blue'/'1.png').write_bytes(whole[:len(whole)//2])
+    return folder
+
+COMMANDS = {'train': ('train', '{}', '--epochs', '1', '--out', '{}.safetensors'), 'evaluate': ('evaluate', '{prompts}', '{}'),
+            'compare': ('compare', '--task', '{}', '--methods', 'coop', '--quick', '--protocol', 'few-shot', '--out', '{}-results')}
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_unreadable_image(damaged, prompts, command):
+    "Named; the message says the flag as this command line spells it; with the flag the rest is used, and the picture is named again"
+    args = [a.format(damaged, prompts=prompts/'coop.safetensors') for a in COMMANDS[command]]
+    refused(*args, says=['1 of 24 images', os.path.join('blue', '1.png'), '--skip-broken'])
+    r = works(*args, '--skip-broken')
+    about = [l for l in r.said if '1.png' in l]
+    assert len(about) == 1 and 'left out' in about[0] and not any('load_dataset(' in l for l in r.said), r  # a sentence, not a line of our code
+
+
+def test_unreadable_image_in_predict(damaged, prompts):
+    bad, good = damaged/'blue'/'1.png', damaged/'blue'/'2.png'
+    refused('predict', prompts/'coop.safetensors', good, bad, says=['cannot read', '1.png', '--skip-broken'])
+    r = works('predict', prompts/'coop.safetensors', bad, good, '--skip-broken')
+    assert len(r.said) == 1 and '1.png' in r.said[0] and r.out.count('\n') == 1 and '2.png' in r.out, r
+    refused('predict', prompts/'coop.safetensors', damaged/'gone.png', says=['there is no image', 'gone.png'])
+    refused('predict', prompts/'coop.safetensors', damaged, says=['photos', 'folder'])
+
+
+# ---- counts --------------------------------------------------------------------------------------------------------
+
+def test_more_shots_than_pictures(photos, tmp_path):
+    refused('train', photos, '--shots', 5, '--out', tmp_path/'p', says=['5 shots', "has 4 training pictures", 'at most 4'])
+
+
+def test_the_last_shots_are_checked_before_the_first_run(photos, tmp_path):
+    "An hour of finished runs is no time to learn that the last ones cannot work"
+    refused('compare', '--task', photos, '--methods', 'zero-shot', '--protocol', 'few-shot', '--shots', '1,2,5', '--out', tmp_path, says=['5 shots', 'at most 4'])
+    assert not (tmp_path/'results.csv').exists()
+
+
+def test_base_to_new_needs_four_classes(tmp_path):
+    colours(tmp_path/'photos', ['red', 'green', 'blue'])
+    refused('compare', '--task', tmp_path/'photos', '--quick', '--out', tmp_path/'out', says=['two classes each', '3 in all'])
+
+
+@pytest.mark.parametrize('option,value', [('--seeds', 'a,b'), ('--seeds', '1.5'), ('--shots', 'x'), ('--shots', '0'), ('--shots', '-1')])
+def test_no_count(photos, tmp_path, option, value):
+    refused('compare', '--task', photos, option, value, '--out', tmp_path, says=['whole number'])
+
+
+@pytest.mark.parametrize('option', ['--methods', '--seeds', '--shots', '--task'])
+@pytest.mark.parametrize('value', ['', ' , '], ids='empty commas'.split())
+def test_empty_list(option, value, tmp_path): refused('compare', option, value, '--out', tmp_path, says=[option.strip('-s'), 'at least one'])
+
+
+@pytest.mark.parametrize('empty', ['methods', 'seeds', 'shots', 'tasks'])
+def test_empty_list_in_python(clip, photos, empty):
+    with pytest.raises(ValueError) as e: compare(**(dict(methods=['zero-shot'], tasks=[photos], seeds=[1], shots=[1], backbone=clip) | {empty: []}))
+    one_line(e, empty, 'at least one')
+
+
+@pytest.mark.parametrize('args', [('compare', '--epochs', '0'), ('train', '--epochs', '0'), ('train', '--shots', '0'), ('predict', 'x', 'y', '--top', '0'), ('train', '--classes', 'bas'),
+                                  ('evaluate',), ('comapre',), ('compare', '--method', 'coop')], ids=' '.join)
+def test_wrong_usage(args): refused(*args, code=2)
+
+
+def test_no_command_shows_help_and_no_empty_error():
+    from helpers import clipprompt
+    r = clipprompt()
+    assert 'compare' in r.out + r.err and 'error:' not in r.err, r
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('args,says', [
+    (('compare', '--methods', 'zero-shot,copo'), ["unknown method 'copo'", 'did you mean coop']),
+    (('train', '--method', 'zero_shot'), ["unknown method 'zero_shot'", 'did you mean zero-shot']),
+    (('compare', '--protocol', 'base2new'), ["unknown protocol 'base2new'", 'did you mean base-to-new']),
+    (('compare', '--task', 'pixel'), ["'pixel'", 'did you mean', 'pixels']),
+    (('compare', '--task', 'pixels,edge'), ["'edge'", 'did you mean', 'edges']),
+    (('train', '--task', 'pixel'), ["'pixel'", 'did you mean', 'pixels']),
+    (('train', 'pictogram'), ["'pictogram'", 'did you mean', 'pictograms']),
+    (('train', './gone'), ['no folder', 'gone', 'check the path'])], ids=lambda x: ' '.join(x) if isinstance(x, tuple) else '')
+def test_unknown_name(args, says, tmp_path): refused(*args, '--out', tmp_path/'out', says=says)
+
+
+@pytest.mark.parametrize('call,says', [
+    (lambda: find_method('CoOp'), ['CoOp', 'did you mean coop']), (lambda: find_method('xyz'), ['known: ', 'coop', 'zero-shot']),
+    (lambda: protocol('few_shot'), ['few_shot', 'did you mean few-shot']),
+    (lambda: load_backbone('pictoclip'), ['pictoclip', 'did you mean picto-clip']),
+    (lambda: load_backbone('vit-b-16', 'openai'), ['vit-b-16', 'did you mean ViT-B-16']), (lambda: load_backbone('ViT-B/16', 'openai'), ['did you mean ViT-B-16']),
+    (lambda: load_backbone('ViT-B-16'), ['pretrained=', 'openai']), (lambda: load_backbone('ViT-B-16', 'opnai'), ['opnai', 'did you mean openai'])])
+def test_unknown_name_in_python(call, says):
+    with pytest.raises(ValueError) as e: call()
+    one_line(e, *says)
+
+
+def test_backbone_without_a_vit():
+    with pytest.raises(ValueError) as e: build_backbone(dict(TINY, vision_cfg=dict(layers=(1, 1, 1, 1), width=8, image_size=32)), name='resnet')
+    one_line(e, 'resnet', 'ViT', 'use')
+
+
+# ---- places that cannot be written ---------------------------------------------------------------------------------
+
+@pytest.fixture
+def barred(tmp_path):
+    "A path below a regular file: nobody can write there, not even root"
+    (tmp_path/'file').write_text('x')
+    return tmp_path/'file'/'below'
+
+def never(*args, **kwargs): raise AssertionError('the run began before the place of its results was checked')
+
+def test_results_folder_is_checked_before_the_first_run(photos, barred, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, 'few-shot', never)
+    refused('compare', '--task', photos, '--protocol', 'few-shot', '--quick', '--out', barred, says=['cannot write', 'below', 'choose a folder you may write to'])
+
+
+def test_results_folder_is_a_file(photos, tmp_path):
+    (tmp_path/'file').write_text('x')
+    refused('compare', '--task', photos, '--protocol', 'few-shot', '--quick', '--out', tmp_path/'file', says=['cannot write', 'file', 'choose'])
+    assert (tmp_path/'file').read_text() == 'x'
+
+
+def test_prompt_file_is_checked_before_training(photos, barred, monkeypatch):
+    monkeypatch.setattr(Method, 'train', never)
+    refused('train', photos, '--out', barred/'p.safetensors', says=['cannot write', 'choose a folder you may write to'])
+    refused('train', photos, '--out', photos, says=['cannot write', 'photos'])  # a folder
+
+
+def test_nothing_half_written_is_left(tmp_path, clip):
+    def fails(path): path.write_text('half'); raise OSError(28, 'No space left on device')
+    (tmp_path/'p').write_text('old')
+    with pytest.raises(OSError) as e: write_safely(tmp_path/'p', fails)
+    one_line(e, 'cannot write', 'No space left')
+    assert [p.name for p in tmp_path.iterdir()] == ['p'] and (tmp_path/'p').read_text() == 'old'
+
+
+def test_learner_names_the_place(clip, barred):
+    with pytest.raises(OSError) as e: ZeroShot(clip, NAMES).save(barred/'p.safetensors')
+    one_line(e, 'cannot write', 'below', 'choose')
+
+
+# ---- damaged and foreign files -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('keep', [0, 5, 2000, -1], ids='empty stub header cut'.split())
+def test_truncated_weights(tmp_path, monkeypatch, keep):
+    (tmp_path/'picto-clip.safetensors').write_bytes((assets()/'picto-clip.safetensors').read_bytes()[:keep])
+    monkeypatch.setattr(backbone_module, 'assets', lambda: tmp_path)
+    with pytest.raises(ValueError) as e: load_backbone()
+    one_line(e, 'picto-clip.safetensors', 'damaged', 'reinstall')
+    refused('info', says=['picto-clip.safetensors', 'damaged', 'reinstall'])
+
+
+@pytest.mark.parametrize('name,content', [('w.safetensors', b'xx'), ('w.safetensors', b'\x08\0\0\0\0\0\0\0{"a":1 }'), ('w.pt', b'xx')], ids='stub header pickle'.split())
+def test_damaged_weights_of_another_model(tmp_path, name, content):
+    (tmp_path/name).write_bytes(content)
+    with pytest.raises(ValueError) as e: load_backbone('ViT-S-32-alt', str(tmp_path/name))  # not a ConnectionError: the file is here
+    one_line(e, name, 'damaged')
+
+
+@pytest.fixture(scope='module')
+def few(photos): return load_dataset(photos).few_shot(2)
+
+RECIPE = Recipe(epochs=1, batch_size=4)
+
+class Other(CoOp):
+    method = 'other'
+
+def test_checkpoint_of_another_method(clip, few, tmp_path):
+    fit(Other(clip, few.classnames, n_ctx=2), few, RECIPE, checkpoint=tmp_path/'c', progress=False)
+    learner = CoOp(clip, few.classnames, n_ctx=2)
+    before = learner.ctx.tokens.detach().clone()
+    with pytest.raises(ValueError) as e: fit(learner, few, RECIPE, checkpoint=tmp_path/'c', progress=False)
+    one_line(e, 'another run', 'method', 'delete it or give another file')
+    assert torch.equal(learner.ctx.tokens, before)
+
+
+@pytest.mark.parametrize('what,change', [('recipe', dict(recipe=Recipe(epochs=2, batch_size=4))), ('seed', dict(seed=3)), ('data', dict(shots=3)), ('fingerprint', dict(clip=1)), ('hparams', dict(n_ctx=3))])
+def test_checkpoint_of_another_run(clip, photos, tmp_path, what, change):
+    def run(recipe=RECIPE, seed=0, shots=2, clip=0, n_ctx=2):
+        data = load_dataset(photos).few_shot(shots)
+        fit(CoOp(tiny_clip(clip), data.classnames, n_ctx=n_ctx), data, recipe, seed, tmp_path/'c', progress=False)
+    run()
+    with pytest.raises(ValueError) as e: run(**change)
+    one_line(e, 'another run', f': {what} differ')
+
+
+@pytest.mark.parametrize('damage', ['empty', 'cut', 'pickle', 'prompts'])
+def test_damaged_checkpoint(photos, prompts, tmp_path, damage):
+    args = ('train', photos, '--shots', 2, '--epochs', 1, '--checkpoint', tmp_path/'c', '--out', tmp_path/'p')
+    works(*args)
+    contents = dict(empty=b'', cut=(tmp_path/'c').read_bytes()[:-9], pickle=pickle.dumps({'epoch': 1}), prompts=(prompts/'coop.safetensors').read_bytes())
+    (tmp_path/'c').write_bytes(contents[damage])
+    refused(*args, says=['checkpoint', 'belongs to another run' if damage == 'prompts' else 'is damaged', 'delete it'])
+
+
+class Harm:
+    "Unpickling it writes a file"
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+@pytest.mark.parametrize('ending', ['pt', 'safetensors'])
+@pytest.mark.parametrize('command', ['predict', 'evaluate', 'info'])
+def test_pickle_as_prompt_file(photos, tmp_path, ending, command):
+    path, args = tmp_path/f'p.{ending}', {'predict': [photos/'red'/'0.png'], 'evaluate': [photos], 'info': []}[command]
+    torch.save({'ctx': Harm(tmp_path/'harmed')}, path)
+    refused(command, path, *args, says=[path.name, 'safetensors', 'pickle'])
+    assert not (tmp_path/'harmed').exists()
+
+
+@pytest.mark.parametrize('make,says', [
+    (lambda p, b: p.write_bytes(b[:-10]), ['no intact safetensors', 'truncated']), (lambda p, b: p.write_bytes(b''), ['no intact safetensors', 'truncated']),
+    (lambda p, b: None, ['no prompt file', 'clipprompt train']),
+    (lambda p, b: save_file({'a': torch.zeros(1)}, p), ['not written by clipprompt']),
+    (lambda p, b: save_file({'a': torch.zeros(1)}, p, {'format': 'pt'}), ['not written by clipprompt'])], ids='cut empty missing foreign foreign-meta'.split())
+def test_no_prompt_file(prompts, tmp_path, make, says):
+    path = tmp_path/'p.safetensors'
+    make(path, (prompts/'coop.safetensors').read_bytes())
+    with pytest.raises((ValueError, FileNotFoundError)) as e: read_prompts(path)
+    one_line(e, 'p.safetensors', *says)
+    refused('info', path, says=says)
+
+
+@pytest.mark.parametrize('change', [dict(hparams={'n_ctx': 3}), dict(hparams={'size': 1}), dict(classnames=None), dict(method=None)], ids='shape hparams classnames method'.split())
+def test_prompt_file_of_another_version(prompts, photos, tmp_path, change):
+    "Right format, wrong inside: edited by hand, or written by a later version"
+    from safetensors import safe_open
+    with safe_open(prompts/'coop.safetensors', 'pt') as f: meta = f.metadata()
+    meta = {k: v for k, v in (meta | {k: json.dumps(v) for k, v in change.items()}).items() if v != 'null'}
+    save_file(load_file(prompts/'coop.safetensors'), tmp_path/'p.safetensors', meta)
+    refused('predict', tmp_path/'p.safetensors', photos/'red'/'0.png', says=['p.safetensors'])
+
+
+def test_prompts_of_another_method(prompts, picto):
+    with pytest.raises(ValueError) as e: CoOp.load(prompts/'probe.safetensors', picto)
+    one_line(e, "'linear-probe'", "'coop'", 'load')
+
+
+def test_prompts_of_another_backbone(clip, picto, photos, tmp_path):
+    CoOp(clip, NAMES, n_ctx=2).save(tmp_path/'p.safetensors')
+    with pytest.raises(ValueError) as e: load_prompts(tmp_path/'p.safetensors', picto)
+    one_line(e, 'tiny-0', 'picto-clip', clip.fingerprint, picto.fingerprint, 'load that backbone')
+    refused('predict', tmp_path/'p.safetensors', photos/'red'/'0.png', says=['tiny-0', 'picto-clip'])
+
+
+# ---- class names and prompts ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('names,says', [([], ['no class names']), (['red', ''], ['number 1', 'empty']), (['_', 'red'], ['number 0', 'empty']), (['red', ' '], ['number 1', 'empty'])])
+@pytest.mark.parametrize('make', [lambda c, n: CoOp(c, n, n_ctx=2), lambda c, n: ZeroShot(c, n), lambda c, n: LinearProbe(c, n), lambda c, n: CoOp(c, NAMES, n_ctx=2).for_classes(n)],
+                         ids='coop zero-shot probe for_classes'.split())
+def test_empty_class_name(clip, names, says, make):
+    with pytest.raises(ValueError) as e: make(clip, names)
+    one_line(e, *says)
+
+
+def test_empty_class_name_on_the_command_line(prompts, photos):
+    refused('predict', prompts/'coop.safetensors', photos/'red'/'0.png', '--classes', 'red,,blue', says=['class name number 1 is empty', 'name every class'])
+
+
+def test_prompts_that_do_not_transfer(clip, prompts, photos):
+    for learner in (CoOp(clip, NAMES, n_ctx=2, csc=True), LinearProbe(clip, NAMES)):
+        with pytest.raises(ValueError) as e: learner.for_classes(['cat', 'dog'])
+        one_line(e, learner.method, 'cannot be used for other names')
+    for name in ('csc', 'probe'):
+        refused('predict', prompts/f'{name}.safetensors', photos/'red'/'0.png', '--classes', 'cat,dog', says=['cannot be used for other names'])
+        refused('evaluate', prompts/f'{name}.safetensors', photos, '--classes', 'new', says=['cannot be used for other names'])
+        works('evaluate', prompts/f'{name}.safetensors', photos) if name == 'x' else None
+
+
+def test_learner_of_other_classes(clip, few):
+    with pytest.raises(ValueError) as e: evaluate(ZeroShot(clip, ['cat', 'dog']), few)
+    one_line(e, 'knows 2 classes', 'has 4', 'for_classes')
+
+
+@pytest.mark.parametrize('n_ctx,name', [(80, 'red'), (70, 'a rather long name that nobody would give'), (4, 'word '*80)], ids='context both name'.split())
+def test_prompt_too_long(clip, n_ctx, name):
+    "The class that does not fit is named: with 1000 classes nobody finds it otherwise"
+    with pytest.raises(ValueError) as e: CoOp(clip, ['blue', name], n_ctx=n_ctx)
+    one_line(e, '77', 'shorten', name.strip()[:3])
+
+
+def test_class_name_too_long_on_the_command_line(prompts, photos):
+    refused('predict', prompts/'coop.safetensors', photos/'red'/'0.png', '--classes', 'red,' + 'word '*80, says=['holds 77', 'shorten', 'word'])
+
+
+@pytest.mark.parametrize('call,says', [
+    (lambda c: CoOp(c, NAMES, n_ctx=0), ['n_ctx', 'at least 1']), (lambda c: CoOp(c, NAMES, position='start'), ['start', "'end', 'middle' or 'front'"]),
+    (lambda c: CoOp(c, NAMES, ctx_init=' '), ['phrase is empty', 'None']), (lambda c: phrase_tokens(c, ''), ['phrase is empty']),
+    (lambda c: ZeroShot(c, NAMES, 'a photo'), ['a photo', 'exactly one {}']), (lambda c: ZeroShot(c, NAMES, []), ['template']),
+    (lambda c: nearest_words(CoOp(c, NAMES, csc=True)), ['unified', 'csc=False']),
+    (lambda c: CoOp(c, NAMES).vision(torch.zeros(2, 3, 16, 16)), ['[2, 3, 16, 16]', '[B, 3, 32, 32]', 'transform'])])
+def test_wrong_arguments(clip, call, says):
+    with pytest.raises(ValueError) as e: call(clip)
+    one_line(e, *says)
+
+
+def test_loss_that_is_not_finite(clip, few):
+    with pytest.raises(FloatingPointError) as e: fit(CoOp(clip, few.classnames, n_ctx=2), few, Recipe(epochs=5, warmup_lr=1e38, lr=1e38, batch_size=4), progress=False)
+    one_line(e, 'loss is nan', 'lower the learning rate')
+
+
+# ---- the command itself --------------------------------------------------------------------------------------------
+
+def test_brackets_in_names(prompts, tmp_path):
+    "Names may hold what rich takes for markup"
+    Image.new('RGB', (20, 20)).save(tmp_path/'a[bold]b.png')
+    assert 'a[bold]b.png' in works('predict', prompts/'coop.safetensors', tmp_path/'a[bold]b.png').out
+    assert '[bold]key' in works('predict', prompts/'coop.safetensors', tmp_path/'a[bold]b.png', '--classes', 'cat,[bold]key').out
+    refused('info', '[/red]:key:.safetensors', says=['[/red]:key:.safetensors'])
+
+
+def test_the_installed_command(tmp_path):
+    "A process of its own: the message on stderr, nothing on stdout, exit code 1"
+    r = subprocess.run([sys.executable, '-c', 'from clipprompt.cli import main; main()', 'train', 'gone/photos'], cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode == 1 and r.stdout == '' and r.stderr.startswith('error: no folder ') and r.stderr.count('\n') == 1
