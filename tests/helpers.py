@@ -4,32 +4,37 @@ import io
 import re
 import sys
 
-import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from clipprompt.backbone import build_backbone
-from clipprompt.cli import main
 
 TINY = dict(embed_dim=16, vision_cfg=dict(image_size=32, layers=3, width=32, head_width=16, patch_size=8),
             text_cfg=dict(context_length=77, vocab_size=49408, width=24, heads=2, layers=3))
 
 
 def tiny_clip(seed=0, dtype=torch.float32):
-    "An untrained CLIP with three blocks in each tower"
+    "An untrained CLIP with three blocks in each tower; biases and layer norms are no identities, so that leaving one out shows"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build_backbone(TINY, name=f'tiny-{seed}').to(device='cpu', dtype=dtype)
+        clip = build_backbone(TINY, name=f'tiny-{seed}')
+        for p in clip.model.parameters():
+            if p.ndim == 1: p.data += .5*torch.randn_like(p)
+        return clip.to(device='cpu', dtype=dtype)
 
 
-def colours(folder, classes=('red', 'green_thing', 'blue', 'grey'), n=6):
-    "One folder per class with n noisy pictures of one colour each: a linear probe tells them apart"
+def shapes(folder, classes=('disc', 'two_bars', 'cross', 'ring'), n=6):
+    "One folder per class with n drawings of one shape each, black on white: a linear probe tells them apart"
     for c, name in enumerate(classes):
         (folder/name).mkdir(parents=True, exist_ok=True)
         for i in range(n):
-            pixels = np.random.default_rng(100*c + i).integers(0, 60, (20, 20, 3))
-            pixels[..., [0, 1, 2] if c % 4 == 3 else [c % 4]] += 150
-            Image.fromarray(pixels.astype(np.uint8)).save(folder/name/f'{i}.png')
+            image = Image.new('RGB', (40, 40), 'white')
+            pen, (x, y), r = ImageDraw.Draw(image), (18 + i % 3, 18 + i//3), 12 + i % 2
+            if c % 4 == 0: pen.ellipse((x-r, y-r, x+r, y+r), 'black')
+            if c % 4 == 1: pen.rectangle((x-r, y-9, x+r, y-4), 'black'), pen.rectangle((x-r, y+4, x+r, y+9), 'black')
+            if c % 4 == 2: pen.line((x-r, y-r, x+r, y+r), 'black', 4), pen.line((x-r, y+r, x+r, y-r), 'black', 4)
+            if c % 4 == 3: pen.ellipse((x-r, y-r, x+r, y+r), None, 'black', 3)
+            image.save(folder/name/f'{i}.png')
     return folder
 
 
@@ -46,6 +51,7 @@ class Result:
 
 def clipprompt(*args):
     "`clipprompt ARGS` through the installed command's own entry point"
+    from clipprompt.cli import main  # here, because it imports all chapters
     out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
     sys.argv = ['clipprompt', *map(str, args)]
     try:

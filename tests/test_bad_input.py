@@ -24,9 +24,9 @@ from clipprompt.protocols import PROTOCOLS, Method, protocol
 from clipprompt.report import compare, find_method, load_prompts
 from clipprompt.training import evaluate, fit
 from clipprompt.zeroshot import LinearProbe, ZeroShot
-from helpers import TINY, colours, one_line, refused, tiny_clip, works
+from helpers import TINY, one_line, refused, shapes, tiny_clip, works
 
-NAMES = ['red', 'green thing', 'blue', 'grey']
+NAMES = ['disc', 'two bars', 'cross', 'ring']
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +38,7 @@ def picto(): return load_backbone(device='cpu')
 
 
 @pytest.fixture(scope='module')
-def photos(tmp_path_factory): return colours(tmp_path_factory.mktemp('data')/'photos')
+def photos(tmp_path_factory): return shapes(tmp_path_factory.mktemp('data')/'photos')
 
 
 @pytest.fixture(scope='module')
@@ -52,9 +52,9 @@ def prompts(tmp_path_factory, picto):
 
 # ---- folders and images --------------------------------------------------------------------------------------------
 
-def no_images(folder): (folder/'red').mkdir(parents=True); (folder/'blue').mkdir()
-def one_class(folder): colours(folder, ['red'])
-def nameless(folder): colours(folder, ['red', '_'])
+def no_images(folder): (folder/'disc').mkdir(parents=True); (folder/'cross').mkdir()
+def one_class(folder): shapes(folder, ['disc'])
+def nameless(folder): shapes(folder, ['disc', '_'])
 
 @pytest.mark.parametrize('make,says', [(no_images, ['no images', 'put them in']), (one_class, ['one class', 'at least two']), (nameless, ['empty class name', 'rename'])])
 @pytest.mark.parametrize('command', [('train',), ('compare', '--task')], ids='train compare'.split())
@@ -67,9 +67,9 @@ def test_useless_folder(tmp_path, make, says, command):
 @pytest.fixture
 def damaged(tmp_path):
     "Readable but for one picture"
-    folder = colours(tmp_path/'photos')
-    whole = (folder/'blue'/'1.png').read_bytes()
-    (folder/'blue'/'1.png').write_bytes(whole[:len(whole)//2])
+    folder = shapes(tmp_path/'photos')
+    whole = (folder/'cross'/'1.png').read_bytes()
+    (folder/'cross'/'1.png').write_bytes(whole[:len(whole)//2])
     return folder
 
 COMMANDS = {'train': ('train', '{}', '--epochs', '1', '--out', '{}.safetensors'), 'evaluate': ('evaluate', '{prompts}', '{}'),
@@ -79,14 +79,14 @@ COMMANDS = {'train': ('train', '{}', '--epochs', '1', '--out', '{}.safetensors')
 def test_unreadable_image(damaged, prompts, command):
     "Named; the message says the flag as this command line spells it; with the flag the rest is used, and the picture is named again"
     args = [a.format(damaged, prompts=prompts/'coop.safetensors') for a in COMMANDS[command]]
-    refused(*args, says=['1 of 24 images', os.path.join('blue', '1.png'), '--skip-broken'])
+    refused(*args, says=['1 of 24 images', os.path.join('cross', '1.png'), '--skip-broken'])
     r = works(*args, '--skip-broken')
     about = [l for l in r.said if '1.png' in l]
     assert len(about) == 1 and 'left out' in about[0] and not any('load_dataset(' in l for l in r.said), r  # a sentence, not a line of our code
 
 
 def test_unreadable_image_in_predict(damaged, prompts):
-    bad, good = damaged/'blue'/'1.png', damaged/'blue'/'2.png'
+    bad, good = damaged/'cross'/'1.png', damaged/'cross'/'2.png'
     refused('predict', prompts/'coop.safetensors', good, bad, says=['cannot read', '1.png', '--skip-broken'])
     r = works('predict', prompts/'coop.safetensors', bad, good, '--skip-broken')
     assert len(r.said) == 1 and '1.png' in r.said[0] and r.out.count('\n') == 1 and '2.png' in r.out, r
@@ -107,7 +107,7 @@ def test_the_last_shots_are_checked_before_the_first_run(photos, tmp_path):
 
 
 def test_base_to_new_needs_four_classes(tmp_path):
-    colours(tmp_path/'photos', ['red', 'green', 'blue'])
+    shapes(tmp_path/'photos', ['disc', 'bars', 'cross'])
     refused('compare', '--task', tmp_path/'photos', '--quick', '--out', tmp_path/'out', says=['two classes each', '3 in all'])
 
 
@@ -270,7 +270,7 @@ class Harm:
 @pytest.mark.parametrize('ending', ['pt', 'safetensors'])
 @pytest.mark.parametrize('command', ['predict', 'evaluate', 'info'])
 def test_pickle_as_prompt_file(photos, tmp_path, ending, command):
-    path, args = tmp_path/f'p.{ending}', {'predict': [photos/'red'/'0.png'], 'evaluate': [photos], 'info': []}[command]
+    path, args = tmp_path/f'p.{ending}', {'predict': [photos/'disc'/'0.png'], 'evaluate': [photos], 'info': []}[command]
     torch.save({'ctx': Harm(tmp_path/'harmed')}, path)
     refused(command, path, *args, says=[path.name, 'safetensors', 'pickle'])
     assert not (tmp_path/'harmed').exists()
@@ -296,7 +296,7 @@ def test_prompt_file_of_another_version(prompts, photos, tmp_path, change):
     with safe_open(prompts/'coop.safetensors', 'pt') as f: meta = f.metadata()
     meta = {k: v for k, v in (meta | {k: json.dumps(v) for k, v in change.items()}).items() if v != 'null'}
     save_file(load_file(prompts/'coop.safetensors'), tmp_path/'p.safetensors', meta)
-    refused('predict', tmp_path/'p.safetensors', photos/'red'/'0.png', says=['p.safetensors'])
+    refused('predict', tmp_path/'p.safetensors', photos/'disc'/'0.png', says=['p.safetensors'])
 
 
 def test_prompts_of_another_method(prompts, picto):
@@ -308,12 +308,12 @@ def test_prompts_of_another_backbone(clip, picto, photos, tmp_path):
     CoOp(clip, NAMES, n_ctx=2).save(tmp_path/'p.safetensors')
     with pytest.raises(ValueError) as e: load_prompts(tmp_path/'p.safetensors', picto)
     one_line(e, 'tiny-0', 'picto-clip', clip.fingerprint, picto.fingerprint, 'load that backbone')
-    refused('predict', tmp_path/'p.safetensors', photos/'red'/'0.png', says=['tiny-0', 'picto-clip'])
+    refused('predict', tmp_path/'p.safetensors', photos/'disc'/'0.png', says=['tiny-0', 'picto-clip'])
 
 
 # ---- class names and prompts ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('names,says', [([], ['no class names']), (['red', ''], ['number 1', 'empty']), (['_', 'red'], ['number 0', 'empty']), (['red', ' '], ['number 1', 'empty'])])
+@pytest.mark.parametrize('names,says', [([], ['no class names']), (['disc', ''], ['number 1', 'empty']), (['_', 'disc'], ['number 0', 'empty']), (['disc', ' '], ['number 1', 'empty'])])
 @pytest.mark.parametrize('make', [lambda c, n: CoOp(c, n, n_ctx=2), lambda c, n: ZeroShot(c, n), lambda c, n: LinearProbe(c, n), lambda c, n: CoOp(c, NAMES, n_ctx=2).for_classes(n)],
                          ids='coop zero-shot probe for_classes'.split())
 def test_empty_class_name(clip, names, says, make):
@@ -322,7 +322,7 @@ def test_empty_class_name(clip, names, says, make):
 
 
 def test_empty_class_name_on_the_command_line(prompts, photos):
-    refused('predict', prompts/'coop.safetensors', photos/'red'/'0.png', '--classes', 'red,,blue', says=['class name number 1 is empty', 'name every class'])
+    refused('predict', prompts/'coop.safetensors', photos/'disc'/'0.png', '--classes', 'disc,,cross', says=['class name number 1 is empty', 'name every class'])
 
 
 def test_prompts_that_do_not_transfer(clip, prompts, photos):
@@ -330,9 +330,8 @@ def test_prompts_that_do_not_transfer(clip, prompts, photos):
         with pytest.raises(ValueError) as e: learner.for_classes(['cat', 'dog'])
         one_line(e, learner.method, 'cannot be used for other names')
     for name in ('csc', 'probe'):
-        refused('predict', prompts/f'{name}.safetensors', photos/'red'/'0.png', '--classes', 'cat,dog', says=['cannot be used for other names'])
+        refused('predict', prompts/f'{name}.safetensors', photos/'disc'/'0.png', '--classes', 'cat,dog', says=['cannot be used for other names'])
         refused('evaluate', prompts/f'{name}.safetensors', photos, '--classes', 'new', says=['cannot be used for other names'])
-        works('evaluate', prompts/f'{name}.safetensors', photos) if name == 'x' else None
 
 
 def test_learner_of_other_classes(clip, few):
@@ -340,15 +339,15 @@ def test_learner_of_other_classes(clip, few):
     one_line(e, 'knows 2 classes', 'has 4', 'for_classes')
 
 
-@pytest.mark.parametrize('n_ctx,name', [(80, 'red'), (70, 'a rather long name that nobody would give'), (4, 'word '*80)], ids='context both name'.split())
+@pytest.mark.parametrize('n_ctx,name', [(73, 'black guide dog'), (70, 'a rather long name that nobody would give'), (4, 'word '*80)], ids='context both name'.split())
 def test_prompt_too_long(clip, n_ctx, name):
     "The class that does not fit is named: with 1000 classes nobody finds it otherwise"
-    with pytest.raises(ValueError) as e: CoOp(clip, ['blue', name], n_ctx=n_ctx)
-    one_line(e, '77', 'shorten', name.strip()[:3])
+    with pytest.raises(ValueError) as e: CoOp(clip, ['cross', name], n_ctx=n_ctx)
+    one_line(e, f"class '{name[:12]}", 'holds 77', 'shorten')
 
 
 def test_class_name_too_long_on_the_command_line(prompts, photos):
-    refused('predict', prompts/'coop.safetensors', photos/'red'/'0.png', '--classes', 'red,' + 'word '*80, says=['holds 77', 'shorten', 'word'])
+    refused('predict', prompts/'coop.safetensors', photos/'disc'/'0.png', '--classes', 'disc,' + 'word '*80, says=['holds 77', 'shorten', 'word'])
 
 
 @pytest.mark.parametrize('call,says', [

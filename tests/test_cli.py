@@ -1,0 +1,259 @@
+"""The command line does what its help says: tables, figures, files, round trips, and an interruption that loses nothing finished."""
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import clipprompt as package
+from clipprompt import protocols, report
+from clipprompt.backbone import load_backbone
+from clipprompt.data import load_dataset, test_transform
+from clipprompt.learner import read_prompts
+from clipprompt.protocols import harmonic_mean, summary
+from clipprompt.report import METHODS, load_prompts
+from helpers import clipprompt, shapes, works
+
+COLUMNS = 'method protocol task shots seed base new h seconds trainable'.split()
+COMMANDS = ['compare', 'train', 'evaluate', 'predict', 'info']
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory): return shapes(tmp_path_factory.mktemp('data')/'my photos', ('disc', 'two_bars', 'Kreuz é', 'ring'))
+
+
+@pytest.fixture(scope='module')
+def picto(): return load_backbone(device='cpu')
+
+
+def results(folder):
+    rows = pd.read_csv(folder/'results.csv')
+    assert [c for c in rows if c in COLUMNS] == COLUMNS
+    return rows
+
+def in_percent(scores, n):
+    "Shares of n pictures, times 100"
+    hits = scores*n/100
+    assert (hits.round() - hits).abs().max() < .01 and scores.between(0, 100).all() and scores.max() > 1, scores
+
+
+# ---- compare -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def compared(photos, tmp_path_factory):
+    "Two folders, two methods, two seeds"
+    out = tmp_path_factory.mktemp('compare')/'new'/'folder'
+    second = shapes(out.parent.parent/'more', ('pink', 'sea', 'sky', 'iron'))
+    r = works('compare', '--task', f'{photos},{second}', '--methods', 'linear-probe,coop', '--seeds', '1,2', '--shots', '2', '--epochs', '2', '--out', out)
+    return r, results(out), out
+
+
+def test_compare_writes_one_row_per_run(compared):
+    _, rows, out = compared
+    assert len(rows) == 8 and not rows.duplicated(['method', 'task', 'seed']).any()
+    assert set(rows.method) == {'linear-probe', 'coop'} and set(rows.task) == {'my photos', 'more'} and set(rows.seed) == {1, 2}
+    assert (rows.protocol == 'base-to-new').all() and (rows.shots == 2).all() and (rows.seconds >= 0).all()
+    assert Image.open(out/'compare.png').size > (200, 100)
+
+
+def test_compare_scores(compared, picto):
+    _, rows, _ = compared
+    coop, probe = rows[rows.method == 'coop'], rows[rows.method == 'linear-probe']
+    in_percent(rows.base, 4), in_percent(coop.new, 4)                       # two pictures of each of two classes
+    assert np.allclose(coop.h, [harmonic_mean(b, n) for b, n in zip(coop.base, coop.new)], atol=1e-3)
+    assert probe.new.isna().all() and probe.h.isna().all() and (probe.base == 100).all()  # shapes are easy; a probe knows no new names
+    assert (coop.trainable == 4*picto.text_width).all() and (probe.trainable == 2*(picto.embed_dim+1)).all()
+
+
+def test_compare_prints_the_means(compared):
+    r, rows, out = compared
+    for m, means in summary(rows).groupby('method'):
+        line = next(l for l in r.out.splitlines() if f' {m} ' in l and 'my photos' in l)
+        assert f'{means[means.task == "my photos"].base.item():.1f}' in line
+    assert f'{out}/results.csv' in r.out.replace('\n', '')
+
+
+def test_quick_on_the_shipped_pictures(tmp_path, monkeypatch):
+    "What the first-time user runs, all methods, from another folder"
+    monkeypatch.chdir(tmp_path)
+    r = works('compare', '--quick')
+    rows = results(tmp_path/'clipprompt-results')
+    assert rows.method.tolist() == list(METHODS) and (rows.seed == 1).all() and (rows.shots == 2).all() and (rows.task == 'pixels').all()
+    in_percent(rows.base, len(load_dataset().base().test))
+    assert rows.base.min() > 5 and (tmp_path/'clipprompt-results'/'compare.png').stat().st_size > 5000
+    assert all(m in r.out for m in METHODS) and 'pixels' in r.out
+
+
+def test_few_shot_curve(photos, tmp_path):
+    works('compare', '--task', photos, '--methods', 'zero-shot,linear-probe', '--protocol', 'few-shot', '--shots', '1,3', '--seeds', '3', '--out', tmp_path)
+    rows = results(tmp_path)
+    assert rows.shots.tolist() == [1, 1, 3, 3] and (rows.protocol == 'few-shot').all() and rows[['base', 'new', 'h']].isna().all().all()
+    in_percent(rows.accuracy, 8)
+    assert rows.accuracy[rows.method == 'zero-shot'].nunique() == 1 and rows.trainable.tolist() == [0, 516]*2
+
+
+def test_all_tasks(tmp_path, monkeypatch):
+    "`--task all` is the four domains; the runs themselves are replaced by their names"
+    row = lambda m, b, d, k, seed, *a, **kw: dict(method=m.name, protocol='few-shot', task=d.task, shots=k, seed=seed, base=np.nan, new=np.nan, h=np.nan, accuracy=50., seconds=1., trainable=0)
+    monkeypatch.setitem(protocols.PROTOCOLS, 'few-shot', row)
+    works('compare', '--task', 'all', '--methods', 'zero-shot', '--protocol', 'few-shot', '--seeds', '1', '--out', tmp_path)
+    assert results(tmp_path).task.tolist() == ['icons', 'edges', 'pixels', 'rotated']
+
+
+def test_the_same_method_twice_runs_once(photos, tmp_path):
+    works('compare', '--task', photos, '--methods', 'zero-shot,zero-shot', '--seeds', '1,1', '--shots', '1,1', '--protocol', 'few-shot', '--out', tmp_path)
+    assert len(results(tmp_path)) == 1
+
+
+@pytest.mark.parametrize('when', ['second run', 'while writing'])
+def test_interrupt_keeps_finished_rows(photos, tmp_path, monkeypatch, when):
+    run, runs = protocols.PROTOCOLS['few-shot'], []
+    def stops(*args, **kwargs):
+        runs.append(args)
+        if when == 'second run' and len(runs) == 2: raise KeyboardInterrupt
+        return run(*args, **kwargs)
+    monkeypatch.setitem(protocols.PROTOCOLS, 'few-shot', stops)
+    if when == 'while writing':
+        to_csv = pd.DataFrame.to_csv
+        def half(self, path, **kwargs):
+            to_csv(self, path, **kwargs)
+            if len(self) == 2: path.write_bytes(path.read_bytes()[:100]); raise KeyboardInterrupt
+        monkeypatch.setattr(pd.DataFrame, 'to_csv', half)
+    r = clipprompt('compare', '--task', photos, '--methods', 'zero-shot,linear-probe', '--protocol', 'few-shot', '--shots', '2', '--out', tmp_path)
+    assert r.code == 130 and len(r.said) == 1 and 'stopped' in r.said[0], r
+    assert results(tmp_path).method.tolist() == ['zero-shot'] and [p.name for p in tmp_path.iterdir()] == ['results.csv']
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+def test_a_real_ctrl_c(photos, tmp_path):
+    "SIGINT in the middle of training, in a process of its own"
+    args = ['compare', '--task', str(photos), '--methods', 'zero-shot,coop', '--protocol', 'few-shot', '--shots', '2', '--seeds', '1', '--epochs', '100000', '--out', str(tmp_path)]
+    p = subprocess.Popen([sys.executable, '-c', 'from clipprompt.cli import main; main()', *args], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    seen = ''
+    while '/100000' not in seen: seen += (c := p.stderr.read(1)); assert c, seen   # the bar of the second run
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and 'Traceback' not in err and 'stopped' in err, err
+    assert results(tmp_path).method.tolist() == ['zero-shot']
+
+
+# ---- train, evaluate, predict, info --------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module', params=METHODS)
+def trained(request, photos, tmp_path_factory):
+    path = tmp_path_factory.mktemp('prompts')/f'{request.param}.safetensors'
+    return request.param, path, works('train', photos, '--method', request.param, '--shots', 3, '--epochs', 2, '--out', path)
+
+accuracy = lambda r: float(re.search(r'([\d.]+)\s+%', r.out)[1])
+
+def test_train_then_evaluate(trained, photos):
+    method, path, r = trained
+    again = works('evaluate', path, photos)
+    assert accuracy(r) == pytest.approx(accuracy(again), abs=.06) and '4 classes' in r.out and method in r.out and method in again.out
+    assert method != 'linear-probe' or accuracy(again) == 100
+    assert path.stat().st_size < 50_000                             # prompts, not a copy of CLIP
+
+
+def test_predict(trained, photos, picto):
+    "Sorted probabilities, the same as in Python"
+    method, path, _ = trained
+    files = [photos/c/'5.png' for c in ('disc', 'Kreuz é')]
+    lines = works('predict', path, *files, '--top', 99).out.splitlines()
+    learner = load_prompts(path, picto).eval()
+    with torch.no_grad(): p = learner(torch.stack([test_transform(picto)(Image.open(f)) for f in files])).softmax(-1)
+    for line, f, row in zip(lines, files, p, strict=True):
+        expect = ', '.join(f'{learner.classnames[i]} {100*row[i]:.1f} %' for i in row.argsort(descending=True))
+        assert line == f'{f}: {expect}'
+    if method == 'linear-probe': assert [learner.classnames[i] for i in p.argmax(-1)] == ['disc', 'Kreuz é']
+
+
+def test_predict_other_classes_and_top(trained, photos):
+    method, path, _ = trained
+    if not METHODS[method].cls.transfers: pytest.skip('belongs to its classes')
+    names = re.findall(r'(\w[\w ]*) [\d.]+ %', works('predict', path, photos/'disc'/'0.png', '--classes', ' cat,guide_dog, eel', '--top', 2).out.split(': ', 1)[1])
+    assert len(names) == 2 and set(names) < {'cat', 'guide dog', 'eel'}
+
+
+def test_info_about_prompts(trained):
+    method, path, _ = trained
+    r, (meta, state) = works('info', path), read_prompts(path)
+    for text in (f'method: {method}', 'backbone: picto-clip', f"fingerprint: {meta['fingerprint']}", 'two bars', *state): assert text in r.out.replace('\n', ' ')
+
+
+@pytest.mark.parametrize('mode', ['transparent', '16 bit', 'CMYK', 'animated'])
+def test_predict_sees_what_training_saw(mode, photos, picto, tmp_path):
+    "The same file, read by `predict` and as part of a data set: a black icon on transparent paper is no black square"
+    ink = np.full((32, 32), 255, np.uint8); ink[8:24, 8:24] = np.arange(16)*8
+    folder = tmp_path/'data'
+    for c in 'ab':
+        (folder/c).mkdir(parents=True)
+        for i in range(2):
+            grey, path = Image.fromarray(ink), folder/c/f'{i}.png'
+            if mode == 'transparent': Image.merge('LA', [Image.new('L', (32, 32)), Image.fromarray(255-ink)]).save(path)
+            elif mode == '16 bit': Image.fromarray(ink.astype(np.uint16)*257).save(path)
+            elif mode == 'CMYK': grey.convert('CMYK').save(path.with_suffix('.tif'))
+            else: grey.save(path, format='GIF', save_all=True, append_images=[Image.new('L', (32, 32))])
+    data, clip = load_dataset(folder), picto
+    seen = np.asarray(data.read(data.test[0])).astype(int)
+    expected = ink if mode != 'transparent' else np.where(True, ink, 0)
+    assert abs(seen - expected[..., None]).max() <= 1, 'the data set shows another picture than the file'
+    works('train', photos, '--method', 'linear-probe', '--out', tmp_path/'p')
+    learner = load_prompts(tmp_path/'p', clip).eval()
+    with torch.no_grad(): p = learner(test_transform(clip)(data.read(data.test[0]))[None]).softmax(-1)[0]
+    said = works('predict', tmp_path/'p', data.test[0].path, '--top', 1).out
+    assert f'{learner.classnames[p.argmax()]} {100*p.max():.1f} %' in said
+
+
+def test_round_trip_on_the_shipped_pictures(tmp_path):
+    path = tmp_path/'p.safetensors'
+    r = works('train', '--task', 'icons', '--shots', 1, '--classes', 'base', '--epochs', 1, '--out', path)
+    assert 'pictograms/icons: 40 classes, 40 training' in r.out and accuracy(r) > 10
+    new = works('evaluate', path, '--task', 'icons', '--classes', 'new')
+    assert '40 classes' in new.out and 10 < accuracy(new) != accuracy(r)
+    base = works('evaluate', path, 'pictograms', '--task', 'icons', '--classes', 'base')
+    assert accuracy(base) == pytest.approx(accuracy(r), abs=.06)
+
+
+def test_seed_and_checkpoint(photos, tmp_path):
+    "Equal seeds, equal files; a finished checkpoint gives the same prompts without training"
+    train = lambda name, seed, *more: works('train', photos, '--shots', 2, '--epochs', 3, '--seed', seed, '--out', tmp_path/name, *more)
+    train('a', 1), train('b', 1), train('c', 2), train('d', 1, '--checkpoint', tmp_path/'ck'), train('e', 1, '--checkpoint', tmp_path/'ck')
+    tokens = {n: read_prompts(tmp_path/n)[1]['ctx.tokens'] for n in 'abcde'}
+    assert all(torch.equal(tokens['a'], tokens[n]) for n in 'bde') and not torch.equal(tokens['a'], tokens['c'])
+
+
+def test_info():
+    out = works('info').out
+    for text in (package.__version__, torch.__version__, 'picto-clip', *METHODS, *protocols.PROTOCOLS, 'pictograms/pixels: 80 classes', 'emoji'): assert text in out
+
+
+# ---- help ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_shows_an_example_that_parses(command):
+    "Every example of the help text starts with this command and names only options that exist"
+    text = works(command, '--help').out
+    lines = ' '.join(re.sub(r'[│╭╮╰╯─]', ' ', text).split())
+    examples = re.search(r'Examples?: (.*?) (Arguments|Options) ', lines)[1]
+    assert examples.startswith(f'clipprompt {command}')
+    options = set(re.findall(r'--[a-z-]+', lines.split(' Options ', 1)[1]))
+    assert set(re.findall(r'--[a-z-]+', examples)) <= options
+
+
+def test_help_lists_all_commands():
+    out = works('--help').out
+    assert all(f' {c} ' in out for c in COMMANDS)
+
+
+def test_version(): assert package.__version__ in works('--version').out
+
+
+def test_report_tasks_are_data_tasks():
+    from clipprompt.data import DOMAINS
+    assert report.TASKS == list(DOMAINS)

@@ -1,0 +1,368 @@
+"""Towers, learners and training: exact, frozen where they must be, reproducible, and unharmed by a power cut."""
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn import functional as F
+
+from clipprompt import training
+from clipprompt.coop import CoOp
+from clipprompt.data import load_dataset, test_transform
+from clipprompt.learner import PromptLearner, Recipe
+from clipprompt.prompts import Prompts, Sentences, place
+from clipprompt.protocols import base_to_new, few_shot
+from clipprompt.report import METHODS, load_prompts
+from clipprompt.towers import TextTower, VisionTower, trim
+from clipprompt.training import encode, evaluate, fit, lr_at
+from helpers import TINY, shapes, tiny_clip
+
+NAMES = ['a', 'guide dog', 'eel', 'a small red bird with a very long tail that sits on the branch of an old tree', 'cat']
+RECIPE = Recipe(lr=.05, epochs=3, batch_size=4)
+
+
+@pytest.fixture(scope='module')
+def clip(): return tiny_clip(dtype=torch.float64)
+
+
+@pytest.fixture(scope='module')
+def clip32(): return tiny_clip()
+
+
+@pytest.fixture(scope='module')
+def few(tmp_path_factory): return load_dataset(shapes(tmp_path_factory.mktemp('data')/'photos')).few_shot(3)
+
+
+@pytest.fixture(scope='module')
+def images(): return torch.randn(6, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def loud(n, width, **kwargs): return Prompts(n, width, std=1., **kwargs).double()  # so large that a mistake shows
+
+def error(a, b): return ((a-b).abs().max()/b.abs().max()).item()
+
+
+# ---- the text tower ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('depth', [1, 2, 3])
+@pytest.mark.parametrize('n_ctx', [1, 4, 16])
+@pytest.mark.parametrize('position,n_classes', [('end', None), ('middle', None), ('front', None), ('end', 5)], ids='end middle front csc'.split())
+def test_truncated_text_equals_plain(clip, n_ctx, depth, position, n_classes):
+    "Features and gradients of the short computation are those of all 77 positions"
+    tower, s, prompts = TextTower(clip), place(clip, NAMES, n_ctx, position), loud(n_ctx, clip.text_width, depth=depth, n_classes=n_classes)
+    assert trim(s).ids.shape[1] < 77
+    g = torch.randn(5, clip.embed_dim, dtype=torch.float64)
+    (plain, d_plain), (short, d_short) = [(f, torch.autograd.grad((f*g).sum(), prompts.tokens)[0]) for f in (tower(s, prompts, plain=True), tower(s, prompts))]
+    assert error(short, plain) < 1e-10 and error(d_short, d_plain) < 1e-10
+    for l in range(depth): assert d_plain[l].abs().max() > 1e-6, f'the tokens of block {l} have no effect'
+
+
+def test_slots_behind_the_last_eot_are_kept(clip):
+    "A sentence whose slots stand behind its EOT cannot be cut at EOT"
+    s = Sentences.of(clip, ['cat', 'guide dog'])
+    s = Sentences(s.ids, (s.eot+3)[:, None], s.eot)
+    assert trim(s).ids.shape[1] == s.slots.max()+1
+    tower, p = TextTower(clip), loud(1, clip.text_width, depth=2)
+    assert error(tower(s, p), tower(s, p, plain=True)) < 1e-10
+
+
+def test_prompt_free_text_equals_open_clip(clip):
+    texts = [f'a photo of a {n}.' for n in NAMES]
+    theirs = clip.model.encode_text(clip.tokenize(texts))
+    ours = TextTower(clip)(Sentences.of(clip, texts), plain=True)
+    assert torch.equal(ours, theirs) and error(TextTower(clip)(Sentences.of(clip, texts)), theirs) < 1e-10
+
+
+def test_learned_words_equal_written_words(clip):
+    "CoOp started from a phrase is, before training, the hand-written prompt; wherever the words stand"
+    learner = CoOp(clip, NAMES, ctx_init='a photo of a').double()
+    theirs = F.normalize(clip.model.encode_text(clip.tokenize([f'a photo of a {n}.' for n in NAMES])), dim=-1)
+    assert error(learner.text_features(), theirs) < 1e-6     # the words pass through float32 parameters
+
+
+@pytest.mark.parametrize('position,text', [('middle', 'a photo {} of a.'), ('front', '{} a photo of a.')])
+def test_positions_read_as_written(clip, position, text):
+    learner = CoOp(clip, NAMES, ctx_init='a photo of a', position=position).double()
+    theirs = F.normalize(clip.model.encode_text(clip.tokenize([text.format(n) for n in NAMES])), dim=-1)
+    assert error(learner.text_features(), theirs) < 1e-6
+
+
+# ---- the vision tower ----------------------------------------------------------------------------------------------
+
+def watch(tower, images, prompts):
+    "Features, and what enters and leaves each block"
+    into, out, hooks = [], [], []
+    for block in tower.vit.transformer.resblocks:
+        hooks += [block.register_forward_pre_hook(lambda m, a: into.append(a[0])), block.register_forward_hook(lambda m, a, y: out.append(y))]
+    try: features = tower(images, prompts)
+    finally: [h.remove() for h in hooks]
+    return features, into, out
+
+
+def test_prompt_free_images_equal_open_clip(clip, clip32, images):
+    for c, x in ((clip, images), (clip32, images.float())): assert torch.equal(VisionTower(c)(x), c.model.encode_image(x))
+
+
+@pytest.mark.parametrize('depth', [1, 2, 3])
+@pytest.mark.parametrize('ln_pre', [True, False], ids=['ln_pre', 'no ln_pre'])
+@pytest.mark.parametrize('after', ['cls', 'patches'])
+def test_visual_slots(clip, images, after, ln_pre, depth):
+    n, prompts = 3, loud(3, clip.vision_width, depth=depth)
+    _, bare, _ = watch(VisionTower(clip), images, None)
+    features, into, out = watch(VisionTower(clip, after, ln_pre), images, prompts)
+    N = bare[0].shape[1]                                           # 1 CLS and 16 patches
+    at = slice(1, 1+n) if after == 'cls' else slice(N, N+n)
+    rest = [i for i in range(N+n) if i not in range(N+n)[at]]
+    first = clip.visual.ln_pre(prompts.tokens[0]) if ln_pre else prompts.tokens[0]
+    assert all(x.shape == (6, N+n, clip.vision_width) for x in into)
+    assert error(into[0][:, at], first.expand(6, -1, -1)) < 1e-12 and error(into[0][:, rest], bare[0]) < 1e-12
+    for l in (1, 2):
+        carried = out[l-1][:, at]                                  # O_{l-1}
+        assert torch.equal(into[l][:, at], prompts.tokens[l].expand(6, -1, -1) if l < depth else carried)
+        assert torch.equal(into[l][:, rest], out[l-1][:, rest])
+    assert torch.equal(features, clip.visual.ln_post(out[-1][:, 0]) @ clip.visual.proj)
+
+
+def test_order_of_slots_does_not_matter_to_a_vit(clip, images):
+    "No mask, and prompts have no positions: both places give the same feature; ln_pre does not"
+    p = loud(3, clip.vision_width, depth=2)
+    cls, patches, raw = (VisionTower(clip, *a)(images, p) for a in (('cls',), ('patches',), ('patches', False)))
+    assert error(cls, patches) < 1e-10 and error(raw, patches) > 1e-3
+
+
+def test_visual_prompts_of_each_image(clip, images):
+    "[B, n, D]: every image its own tokens"
+    class Own(torch.nn.Module):
+        def __init__(self, t): super().__init__(); self.t = t
+        def enter(self, layer, carried): return self.t if layer == 0 else carried
+    tokens = torch.randn(6, 2, clip.vision_width, dtype=torch.float64)
+    together = VisionTower(clip)(images, Own(tokens))
+    alone = torch.cat([VisionTower(clip)(images[i:i+1], Own(tokens[i])) for i in range(6)])
+    assert error(together, alone) < 1e-10
+
+
+# ---- every method --------------------------------------------------------------------------------------------------
+
+EXTRA = {'coop-middle': dict(position='middle', n_ctx=4), 'coop-front': dict(position='front', n_ctx=3), 'coop-csc': dict(csc=True, n_ctx=2)}
+
+def learner_of(name, backbone, names=NAMES):
+    "A learner whose parameters are not at their start"
+    learner = CoOp(backbone, names, **EXTRA[name]) if name in EXTRA else METHODS[name].cls(backbone, names, **(METHODS[name].hparams or {}))
+    g = torch.Generator().manual_seed(1)
+    for p in learner.parameters(): p.data = torch.randn(p.shape, generator=g).to(backbone.dtype)
+    return learner.eval()
+
+every = pytest.mark.parametrize('name', [*METHODS, *EXTRA])
+
+
+@every
+def test_parameters_are_the_trainable_ones(name, clip32, few):
+    learner = learner_of(name, clip32, few.classnames)
+    params, frozen = dict(learner.named_parameters()), list(clip32.model.parameters())
+    assert set(learner.state_dict()) == set(params)
+    assert not {id(p) for p in params.values()} & {id(p) for p in frozen} and not any(p.requires_grad for p in frozen)
+    before, was = {k: v.clone() for k, v in clip32.model.state_dict().items()}, {k: p.detach().clone() for k, p in params.items()}
+    fit(learner, few, RECIPE, progress=False)
+    assert all(not torch.equal(p, was[k]) for k, p in params.items()), 'a parameter that training leaves alone'
+    assert all(torch.equal(v, before[k]) for k, v in clip32.model.state_dict().items()), 'training changed CLIP'
+    assert all(p.grad is None for p in frozen) and not clip32.model.training
+
+
+@every
+def test_save_and_load(name, clip32, images, tmp_path):
+    learner, x = learner_of(name, clip32), images.float()
+    learner.save(tmp_path/'sub'/'p.safetensors')
+    again = load_prompts(tmp_path/'sub'/'p.safetensors', clip32).eval()
+    assert type(again) is type(learner) and again.hparams == learner.hparams and again.classnames == learner.classnames
+    with torch.no_grad(): assert torch.equal(again(x), learner(x))
+    assert [p.name for p in (tmp_path/'sub').iterdir()] == ['p.safetensors']
+    with safe_open(tmp_path/'sub'/'p.safetensors', 'pt') as f: assert set(f.keys()) == set(learner.state_dict())
+
+
+@every
+def test_class_order_only_reorders_the_scores(name, clip, images):
+    learner, order = learner_of(name, clip), [3, 0, 4, 2, 1]
+    other = learner_of(name, clip, [NAMES[i] for i in order])
+    for k, p in other.named_parameters():                          # what belongs to a class moves with it
+        axis = {'coop-csc': 1, 'linear-probe': 0}.get(name)
+        if axis is not None: p.data = dict(learner.named_parameters())[k].data.index_select(axis, torch.tensor(order))
+    with torch.no_grad(): assert error(other(images), learner(images)[:, order]) < 1e-10
+    if learner.transfers:
+        with torch.no_grad(): assert error(learner.for_classes([NAMES[i] for i in order])(images), learner(images)[:, order]) < 1e-10
+
+
+@every
+def test_images_do_not_see_each_other(name, clip, images):
+    learner = learner_of(name, clip)
+    with torch.no_grad(): assert error(torch.cat([learner(images[i:i+1]) for i in (3, 0, 5)]), learner(images)[[3, 0, 5]]) < 1e-10
+
+
+@pytest.mark.parametrize('name', [n for n in [*METHODS, *EXTRA] if n not in ('linear-probe', 'coop-csc')])
+def test_for_classes(name, clip, images):
+    "Other names, the same prompts: back again gives the old scores, a subset gives its columns, and nothing is shared"
+    learner = learner_of(name, clip)
+    few = learner.for_classes([NAMES[1], NAMES[3]]).eval()
+    with torch.no_grad():
+        assert error(few(images), learner(images)[:, [1, 3]]) < 1e-10
+        assert torch.equal(few.for_classes(NAMES)(images), learner(images))
+    for p, q in zip(few.parameters(), learner.parameters(), strict=True):
+        assert torch.equal(p, q) and p.dtype == q.dtype
+        p.data.zero_()
+        assert q.abs().max() > 0
+    assert learner.for_classes(['guide_dog', 'eel ']).classnames == ['guide dog', 'eel']
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_protocol_rows(name, few, clip32):
+    "The same seed, the same row; base and new are what a hand-made run gives"
+    m = replace(METHODS[name], recipe=RECIPE)
+    a, b = (base_to_new(m, clip32, few, 2, 1) for _ in range(2))
+    drop = lambda row: {k: v for k, v in row.items() if k != 'seconds' and v == v}
+    assert drop(a) == drop(b) and 0 <= a['base'] <= 100
+    data = few.few_shot(2, 1)
+    learner = m.train(clip32, data.base(), 1)
+    assert a['base'] == evaluate(learner, data.base()).accuracy and a['trainable'] == sum(p.numel() for p in learner.parameters())
+    if learner.transfers: assert a['new'] == evaluate(learner.for_classes(data.new().classnames), data.new()).accuracy
+    assert few_shot(m, clip32, few, 2, 1)['accuracy'] == evaluate(m.train(clip32, data, 1), data).accuracy
+
+
+# ---- schedule, seeds, evaluation -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('epochs,warmup', [(50, 1), (5, 1), (1, 1), (10, 0), (10, 3)])
+def test_schedule(epochs, warmup, few, clip32):
+    "Constant warm-up, then torch's own cosine over `epochs`, as Dassl chains them; and `fit` uses it"
+    recipe = Recipe(lr=.002, epochs=epochs, warmup_epochs=warmup, warmup_lr=1e-5, batch_size=100)
+    opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], .002)
+    cosine, expect = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs), [1e-5]*warmup
+    while len(expect) < epochs: expect.append(opt.param_groups[0]['lr']); opt.step(); cosine.step()
+    assert [lr_at(recipe, e) for e in range(1, epochs+1)] == pytest.approx(expect, rel=1e-9)
+    seen = []
+    class Watched(CoOp):
+        def training_step(self, batch, optimizer): seen.append(optimizer.param_groups[0]['lr']); return 0.
+    fit(Watched(clip32, few.classnames, n_ctx=1), few, recipe, progress=False)
+    assert seen == pytest.approx(expect, rel=1e-9)
+
+
+def train(clip, data, seed=0, start=0, recipe=RECIPE, **kwargs):
+    learner = CoOp(clip, data.classnames, n_ctx=2, seed=start)
+    return fit(learner, data, recipe, seed, progress=False, **kwargs), learner.ctx.tokens.detach()
+
+
+def test_seeds(few, clip32):
+    "Everything random hangs on the seed, nothing on the global generator, which is left as it was"
+    a, tokens = train(clip32, few)
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    b, again = train(clip32, few)
+    assert torch.equal(tokens, again) and a.losses == b.losses and torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(tokens, train(clip32, few, seed=1)[1]) and not torch.equal(tokens, train(clip32, few, start=1)[1])
+
+
+def test_epochs_see_different_orders_and_crops(few, clip32):
+    batches = [torch.cat([x for x, _ in training._epoch_batches(few.pictures('train', training.train_transform(clip32)), 4, 0, e)]) for e in (1, 1, 2)]
+    assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
+
+
+@pytest.mark.parametrize('n,batch,sizes', [(12, 5, [5, 5]), (12, 12, [12]), (12, 32, [12]), (12, 4, [4, 4, 4])])
+def test_batches(few, clip32, n, batch, sizes):
+    "An incomplete last batch is dropped, except when it is the only one"
+    assert len(few.train) == n
+    assert [len(y) for _, y in training._epoch_batches(few.pictures('train', training.train_transform(clip32)), batch, 0, 1)] == sizes
+
+
+def test_training_learns(few, clip32):
+    "On the pictures themselves, without crops: a margin, because an untrained CLIP has little to tell"
+    images, labels = zip(*few.pictures('train', test_transform(clip32)))
+    score = lambda epochs: (l := CoOp(clip32, few.classnames, n_ctx=2), fit(l, few, Recipe(lr=.02, epochs=epochs, batch_size=4), progress=False), l.loss(torch.stack(images), torch.tensor(labels)).item())[1:]
+    (_, before), (report, after) = score(1), score(15)      # one epoch is warm-up at 1e-5
+    assert len(report.losses) == report.epochs == 15 and report.seconds > 0 and after < before - .01
+
+
+def test_evaluate_by_hand(few, clip32):
+    learner = learner_of('coop', clip32, few.classnames)
+    pictures = few.pictures('test', test_transform(clip32))
+    with torch.no_grad(): logits = torch.stack([learner(x[None])[0] for x, _ in pictures])
+    labels = torch.tensor([y for _, y in pictures])
+    e = evaluate(learner, few, batch_size=3)
+    assert torch.equal(e.labels, labels) and error(e.logits, logits) < 1e-4
+    hit = (logits.argmax(-1) == labels).double()
+    assert e.accuracy == pytest.approx(100*hit.mean().item()) and e.per_class().tolist() == [100*hit[labels == c].mean() for c in range(4)]
+    kept = evaluate(learner, few, features=encode(learner, pictures))
+    assert error(kept.logits, logits) < 1e-4
+    without = replace(few, test=[i for i in few.test if i.label])
+    assert evaluate(learner, without).per_class().isnan().tolist() == [True, False, False, False]
+
+
+# ---- interruptions -------------------------------------------------------------------------------------------------
+
+KILLED = '''
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from clipprompt import training
+from clipprompt.coop import CoOp
+from clipprompt.data import load_dataset
+from clipprompt.learner import Recipe
+from helpers import tiny_clip
+
+folder, checkpoint, when, threads = sys.argv[2:]
+torch.set_num_threads(int(threads))
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+if when == 'in a step':                         # the second step of epoch 3
+    step, steps = CoOp.training_step, []
+    def training_step(self, batch, optimizer):
+        steps.append(1)
+        if len(steps) == 8: die()
+        return step(self, batch, optimizer)
+    CoOp.training_step = training_step
+else:                                           # half of the third checkpoint is on disk
+    save, saved = training.save_file, []
+    def save_file(state, path, meta):
+        save(state, path, meta)
+        saved.append(1)
+        if len(saved) == 3: path.write_bytes(path.read_bytes()[:-50]); die()
+    training.save_file = save_file
+data = load_dataset(folder).few_shot(3)
+training.fit(CoOp(tiny_clip(), data.classnames, n_ctx=2), data, Recipe(lr=.05, epochs=6, batch_size=4), checkpoint=checkpoint, progress=False)
+'''
+LONG = replace(RECIPE, epochs=6)
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+@pytest.mark.parametrize('when', ['in a step', 'while writing'])
+def test_resume_after_kill_9(when, few, clip32, tmp_path):
+    "Prompts, losses and momentum go on as if nothing had happened: bit for bit the prompts of a run in one piece"
+    checkpoint, folder = tmp_path/'c', Path(few.source.root)
+    r = subprocess.run([sys.executable, '-c', KILLED, Path(__file__).parent, folder, checkpoint, when, str(torch.get_num_threads())], capture_output=True, text=True)
+    assert r.returncode == -signal.SIGKILL, r.stderr
+    with safe_open(checkpoint, 'pt') as f: assert f.metadata()['losses'].count(',') == 1 and {k.split('.')[0] for k in f.keys()} == {'param', 'momentum'}
+    whole, tokens = train(clip32, few, recipe=LONG)
+    epochs = []
+    batches = training._epoch_batches
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(training, '_epoch_batches', lambda *a: (epochs.append(a[-1]), batches(*a))[1])
+        resumed, again = train(clip32, few, recipe=LONG, checkpoint=checkpoint)
+    assert epochs == [3, 4, 5, 6] and torch.equal(tokens, again) and resumed.losses == whole.losses
+    third, same = train(clip32, few, recipe=LONG, checkpoint=checkpoint)        # finished: nothing left to do
+    assert torch.equal(tokens, same) and third.losses == whole.losses
+
+
+def test_interrupt_in_python_keeps_the_checkpoint(few, clip32, tmp_path, monkeypatch):
+    step, steps = PromptLearner.training_step, []
+    def stops(self, batch, optimizer):
+        steps.append(1)
+        if len(steps) == 5: raise KeyboardInterrupt
+        return step(self, batch, optimizer)
+    with monkeypatch.context() as m:
+        m.setattr(PromptLearner, 'training_step', stops)
+        with pytest.raises(KeyboardInterrupt): train(clip32, few, checkpoint=tmp_path/'c')
+    assert torch.equal(train(clip32, few, checkpoint=tmp_path/'c')[1], train(clip32, few)[1])
+    assert [p.name for p in tmp_path.iterdir()] == ['c']
+
+
+def test_tiny_is_what_the_tests_think(clip):
+    assert (clip.text_layers, clip.vision_layers, clip.context_length) == (3, 3, 77) and clip.text_width != clip.vision_width and TINY['embed_dim'] == clip.embed_dim
