@@ -109,7 +109,8 @@ def _picto_clip(path:Path) -> Backbone:
 def nearest(name:str, known) -> str:
     "A sentence that lists what is known, nearest first: the ending of many error messages"
     known = list(known)
-    close = difflib.get_close_matches(name, known, 3, .4)
+    lower = {k.lower(): k for k in known}
+    close = [lower[k] for k in difflib.get_close_matches(name.lower(), lower, 3, .4)]
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known[:20])}"
 
 def _open_clip(name:str, pretrained:str|None) -> Backbone:
@@ -120,8 +121,11 @@ def _open_clip(name:str, pretrained:str|None) -> Backbone:
         raise ValueError(f"say which weights '{name}' gets: pretrained= one of {', '.join(tags) or 'no published tag'}, a .safetensors file, or 'random'")
     if pretrained not in (*tags, 'random') and not Path(pretrained).is_file():
         raise ValueError(f"'{pretrained}' is neither a file nor a tag of {name}; {nearest(pretrained, tags)}")
+    local = Path(pretrained).is_file()
     try: model, _, transform = open_clip.create_model_and_transforms(name, None if pretrained == 'random' else pretrained)
-    except (OSError, RuntimeError) as e:   # open_clip and huggingface_hub raise several kinds when the network is away
+    except Exception as e:   # open_clip, torch and huggingface_hub raise many kinds
+        if local: raise ValueError(f"{pretrained} is damaged or holds no weights of {name} ({type(e).__name__}); get the file again") from e
+        if not isinstance(e, (OSError, RuntimeError)): raise
         raise ConnectionError(f"could not get '{pretrained}' for {name} ({type(e).__name__}); connect once, or put the weights in a .safetensors file and pass its path as pretrained") from e
     norm = transform.transforms[-1]
     return Backbone(model, f'{name}/{Path(pretrained).stem}', open_clip.get_tokenizer(name), norm.mean, norm.std)

@@ -62,8 +62,9 @@ def rotate90(image:Image.Image) -> Image.Image:
 DOMAINS = {'icons': as_drawn, 'edges': edge_map, 'pixels': pixelate, 'rotated': rotate90}
 
 # %% ../nbs/04_data.ipynb #04-015
-def _to_rgb(image:Image.Image) -> Image.Image:
+def to_rgb(image:Image.Image) -> Image.Image:
     "RGB on white paper"
+    if image.mode.startswith('I'): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) # 16 bit: PIL would cut at 255, not scale
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -76,7 +77,7 @@ class _Files:
 
     def __call__(self, path:str) -> Image.Image:
         try:
-            with Image.open(path) as image: return _to_rgb(image)
+            with Image.open(path) as image: return to_rgb(image)
         except Exception as e: # PIL raises many kinds
             raise DataError(f"cannot read the image {path} ({e}); repair or remove it, or load with skip_broken=True") from e
 
@@ -284,7 +285,7 @@ def _readable(items:list[Item], folder:Path, skip_broken:bool) -> list[Item]:
     if not bad: return items
     names = [str(Path(p).relative_to(folder)) for p in sorted(bad)]
     what = f"{len(bad)} of {len(items)} images in {folder} cannot be read: {', '.join(names[:10])}{f' and {len(names)-10} more' if names[10:] else ''}"
-    if not skip_broken: raise DataError(f'{what}; repair or remove them, or load with skip_broken=True')
+    if not skip_broken: raise DataError(f'{what}; repair or remove them, or load with skip_broken=True (--skip-broken)')
     warnings.warn(f'{what}; left out', stacklevel=4) # points at the call of load_dataset
     return [i for i in items if i.path not in bad]
 

@@ -82,6 +82,9 @@ def place(
     if position not in ('end', 'middle', 'front'): raise ValueError(f"unknown position '{position}'; use 'end', 'middle' or 'front'")
     words = (words or ' '.join('X'*n_ctx)).replace('_', ' ')
     names = clean_names(classnames)
+    for n in names:
+        if (need := len(backbone.tokenizer.encode(f'{words} {n}.'))+2) > backbone.context_length:
+            raise ValueError(f"class '{n[:40]}' with {n_ctx} prompt tokens needs {need} places but the context holds {backbone.context_length}; shorten the name or the prompt")
     ids = backbone.tokenize([f'{words} {n}.' for n in names])                    # [C, L]
     order = torch.tensor([_order(position, n_ctx, len(backbone.tokenizer.encode(n)), ids.shape[1]) for n in names], device=ids.device)
     slot = (order >= 1) & (order <= n_ctx)                                       # [C, L]

@@ -17,7 +17,7 @@ from . import __version__
 from .backbone import Backbone, assets, load_backbone, nearest
 from .coop import CoOp
 from .data import load_dataset
-from .learner import PromptLearner, Recipe, read_prompts, write_safely
+from .learner import PromptLearner, Recipe, check_writable, read_prompts, write_safely
 from .protocols import Method, protocol, summary
 from .zeroshot import BestTemplate, LinearProbe, ZeroShot
 
@@ -41,6 +41,14 @@ def load_prompts(path:str|Path, backbone:Backbone) -> PromptLearner:
     return find_method(read_prompts(path)[0]['method']).cls.load(path, backbone)
 
 # %% ../nbs/20_report.ipynb #20-008
+def _load(task:str|Path, skip_broken:bool=False):
+    "A task of `compare`: a domain of Pictograms, a data set, or a folder"
+    domains = [*TASKS, 'styles']
+    if str(task) in domains: return load_dataset('pictograms', task=str(task))
+    if isinstance(task, str) and not Path(task).expanduser().exists() and task not in ('pictograms', 'emoji') and not any(c in task for c in '/\\.~'):
+        raise ValueError(f"unknown task '{task}'; {nearest(task, [*domains, 'pictograms', 'emoji', 'or the path of a folder of images'])}")
+    return load_dataset(task, skip_broken=skip_broken)
+
 def compare(
     methods:list[str]=tuple(METHODS),
     seeds:list[int]=(1, 2, 3),
@@ -51,11 +59,19 @@ def compare(
     epochs:int|None=None,              # instead of each method's own number
     out:str|Path|None=None,            # folder for results.csv, written after each run
     progress:bool=True,
+    skip_broken:bool=False,            # leave unreadable images of a folder out
 ) -> pd.DataFrame: # one row per method, task, shots and seed
     "Every method on every task under one protocol"
+    for what, given in dict(methods=methods, seeds=seeds, shots=shots, tasks=tasks).items():
+        if not len(given): raise ValueError(f'no {what}: give at least one')
+    methods, seeds, shots, tasks = (list(dict.fromkeys(x)) for x in (methods, seeds, shots, tasks))   # each once
     run, chosen, backbone = protocol(protocol_name), [find_method(m) for m in methods], backbone or load_backbone()
     runs = [(task, k, seed, m) for task in tasks for k in shots for seed in seeds for m in chosen]
-    rows, data = [], {t: load_dataset('pictograms', task=t) if t in (*TASKS, 'styles') else load_dataset(t) for t in tasks}
+    rows, data = [], {t: _load(t, skip_broken) for t in tasks}
+    for d in data.values():                      # everything that can be wrong, before the first run
+        for k in shots: d.few_shot(k)
+        if protocol_name == 'base-to-new': d.new()
+    if out: check_writable(Path(out)/'results.csv')
     for task, k, seed, m in (bar := tqdm(runs, unit='run', disable=not progress)):
         bar.set_description(f'{m.name} {task}')
         recipe = m.recipe if epochs is None or m.recipe is None else replace(m.recipe, epochs=epochs)
@@ -67,11 +83,12 @@ def compare(
 def table(rows:pd.DataFrame) -> pd.DataFrame: # text cells
     "Means over seeds, ready to print; H is of the means"
     s = summary(rows)
-    cell = lambda m, sd, n: '-' if pd.isna(m) else f'{m:.1f}' + (f' ± {sd:.1f}' if n > 1 else '')
+    cell = lambda m, sd, n: '-' if pd.isna(m) else f'{m:.1f}' + (f' ± {sd:.1f}' if n > 1 and sd > 0 else '')
     out = s[['task', 'shots', 'method']].copy()
     for c in ('base', 'new', 'accuracy'):
         if s[c].notna().any(): out[c] = [cell(*x) for x in zip(s[c], s[f'{c}_std'], s.seeds)]
         if c == 'new' and s.h.notna().any(): out['h'] = [cell(h, 0, 1) for h in s.h]
+    if s.shots.nunique() == 1: out = out.drop(columns='shots')
     return out.assign(trainable=[f'{t:,}' for t in s.trainable], seconds=[f'{t:.0f}' for t in s.seconds])
 
 def colour(method:str) -> str:

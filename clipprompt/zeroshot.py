@@ -30,6 +30,7 @@ class ZeroShot(PromptLearner):
     ):
         super().__init__(backbone, classnames, templates=templates)
         self.templates = [templates] if isinstance(templates, str) else list(templates)
+        if not self.templates: raise ValueError('no template: give at least one')
         if bad := [t for t in self.templates if t.count('{}') != 1]: raise ValueError(f'a template needs exactly one {{}} for the class name: "{bad[0]}"')
         self.kept = None
 
