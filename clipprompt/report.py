@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib import rc_params_from_file
 from tqdm.auto import tqdm
 
 from . import __version__
@@ -92,8 +93,10 @@ def table(rows:pd.DataFrame) -> pd.DataFrame: # text cells
     return out.assign(trainable=[f'{t:,}' for t in s.trainable], seconds=[f'{t:.0f}' for t in s.seconds])
 
 def colour(method:str) -> str:
-    "The same colour for the same method in the whole book"
-    return f'C{list(METHODS).index(method)}' if method in METHODS else 'k'
+    "The same colour for the same method in the whole book, whatever style is active"
+    cycle = rc_params_from_file(assets()/'clipprompt.mplstyle', use_default_template=False)['axes.prop_cycle'].by_key()['color']
+    place = {'zero-shot': 0, 'linear-probe': 1, 'coop': 2, 'zero-shot-best': 9}
+    return '#' + cycle[place[method]].lstrip('#') if method in place else 'k'
 
 def plot(rows:pd.DataFrame) -> plt.Figure:
     "Accuracies of all methods, one panel per task and score: a dot is a seed, a bar the mean"
