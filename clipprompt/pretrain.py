@@ -13,8 +13,8 @@ __all__ = ['VERSION', 'INTEGRITY', 'HOW', 'LICENCES', 'SKIP', 'FAMILIES', 'FAMIL
            'caption_ids', 'token_ids', 'Pairs', 'row_numbers', 'pad', 'augment', 'contrastive_loss', 'encode_text',
            'Run', 'schedule', 'train', 'settle_unknown', 'export_weights', 'build_command', 'train_command']
 
-# %% ../nbs/30_pretrain.ipynb #3a9e1ad3
-import base64, copy, csv, hashlib, io, json, math, os, random, re, tarfile, time, zipfile
+# %% ../nbs/30_pretrain.ipynb #p003
+import base64, copy, hashlib, io, json, math, os, random, re, tarfile, time, zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .backbone import assets
 
-# %% ../nbs/30_pretrain.ipynb #e09d3481
+# %% ../nbs/30_pretrain.ipynb #p007
 VERSION = '2.2.535'
 INTEGRITY = 'sha512-nAV60ACUSHwnsb6fsp+letHlNkrwO4vzBtcC6B4EDHErQQfezk7E3nJdnwJjve6OCfMNO0uVT5Vrgna9/NCmXw=='
 HOW = f'get it with: npm pack @iconify/json@{VERSION}'
@@ -45,7 +45,7 @@ def check_integrity(path:Path, expected:str=INTEGRITY):
     found = 'sha512-' + base64.b64encode(hashlib.sha512(Path(path).read_bytes()).digest()).decode()
     if found != expected: raise ValueError(f'{path} is not @iconify/json {VERSION}: its hash is {found[:20]}..., expected {expected[:20]}...; {HOW}')
 
-# %% ../nbs/30_pretrain.ipynb #32cad599
+# %% ../nbs/30_pretrain.ipynb #p009
 def open_source(
     path:Path,  # the tarball, or the folder `package` that it unpacks to
     cache:Path, # where the tarball is unpacked
@@ -66,7 +66,7 @@ def open_source(
     if version != VERSION: raise ValueError(f'{path} holds version {version} of @iconify/json, not {VERSION}; {HOW}')
     return Source(path)
 
-# %% ../nbs/30_pretrain.ipynb #2dbd5d53
+# %% ../nbs/30_pretrain.ipynb #p011
 LICENCES = ('MIT', 'Apache-2.0', 'ISC', 'CC0-1.0', 'BSD')
 SKIP = set('flag circle-flags cif flagpack bxl nonicons gcp k8s svg-spinners topcoat il ginetex'.split())
 
@@ -84,7 +84,7 @@ class Source:
         return [s for s, c in sorted(self.collections.items()) if s not in SKIP
                 and c['license'].get('spdx', '').startswith(LICENCES) and c.get('category') not in ('Logos', 'Programming')]
 
-# %% ../nbs/30_pretrain.ipynb #5ca8eef3
+# %% ../nbs/30_pretrain.ipynb #p016
 FAMILIES = {  # sets that share drawings count as one family
     'material': 'ic material-symbols material-symbols-light mdi mdi-light line-md', 'fluent': 'fluent fluent-mdl2 fluent-color',
     'lucide': 'lucide lucide-lab feather', 'boxicons': 'boxicons bx bxs', 'icon-park': 'icon-park icon-park-outline icon-park-solid icon-park-twotone',
@@ -98,7 +98,7 @@ ODD = set('''noto noto-v1 fxemoji fluent-emoji fluent-emoji-flat fluent-emoji-hi
     meteocons flat-ui fluent-color icon-park glyphs-poly duo-icons icon-park-twotone uim raphael'''.split())  # neither line nor solid
 DUOTONE = re.compile(r'duo|two-?tone')                                                                        # such icons in any set
 
-# %% ../nbs/30_pretrain.ipynb #3df84050
+# %% ../nbs/30_pretrain.ipynb #p018
 STYLES = set('''fill filled outline outlined line linear solid regular bold light thin sharp rounded round baseline duotone twotone broken duo o alt stroke
     color colour flat glyph thick'''.split())
 
@@ -122,7 +122,7 @@ def style_of(name:str, concept:str) -> str:
     words = [same.get(w, w) for w in name.split('-') if w in STYLES and w not in concept.split()]
     return next((w for w in words if w in ('filled', 'outline', 'line', 'solid', 'thin', 'light', 'bold', 'sharp', 'rounded', 'broken')), '')
 
-# %% ../nbs/30_pretrain.ipynb #211f11b5
+# %% ../nbs/30_pretrain.ipynb #p022
 def one_size(icons:pd.DataFrame) -> pd.DataFrame:
     "Keep one drawing where a name ends in a size, as in add-16-filled"
     rank = {s: i for i, s in enumerate('24 20 28 16 32 48 12 10'.split())}
@@ -142,7 +142,7 @@ def read_icons(source:Source) -> pd.DataFrame:
             if not icon.get('hidden') and re.fullmatch('[a-z][a-z ]+', words): rows.append((s, FAMILY.get(s, s), name, words, style_of(name, words)))
     return one_size(pd.DataFrame(rows, columns='set family name concept style'.split()))
 
-# %% ../nbs/30_pretrain.ipynb #62f0afa2
+# %% ../nbs/30_pretrain.ipynb #p025
 def to_svg(
     icons:dict, # a set's JSON
     name:str,
@@ -167,7 +167,7 @@ def shrink(picture:np.ndarray) -> np.ndarray: # uint8 [H, W, 3] -> [32, 32]
 
 def render_small(svg:str) -> np.ndarray: return shrink(render(svg))
 
-# %% ../nbs/30_pretrain.ipynb #1b05efd3
+# %% ../nbs/30_pretrain.ipynb #p029
 def draw_all(
     source:Source,
     rows:pd.DataFrame,  # with columns set and name
@@ -179,7 +179,7 @@ def draw_all(
     if not workers: return np.stack([draw(s) for s in svgs])
     with ProcessPoolExecutor(workers) as pool: return np.stack(list(pool.map(draw, svgs, chunksize=256)))
 
-# %% ../nbs/30_pretrain.ipynb #33afc670
+# %% ../nbs/30_pretrain.ipynb #p031
 def md5(text:str) -> str:
     "A fixed shuffle: sort by this"
     return hashlib.md5(text.encode()).hexdigest()
@@ -204,7 +204,7 @@ def thin_out(
     shuffled = ok.iloc[np.argsort([md5(f'{s}/{n}') for s, n in zip(ok.set, ok.name)])]
     return np.sort(shuffled.index[shuffled.groupby(['family', 'concept']).cumcount() < cap].to_numpy())
 
-# %% ../nbs/30_pretrain.ipynb #a45dcc21
+# %% ../nbs/30_pretrain.ipynb #p036
 def ink_map(grey:np.ndarray) -> np.ndarray: # uint8 [32, 32] -> float32 [1024], length 1, or 0 for an empty picture
     "Where the ink is, whatever its place and size"
     ink = 255 - grey.astype(np.float32)
@@ -232,7 +232,7 @@ def without_twins(
         if inks[i].any() and new(seen) and new(inks[kept]): kept.append(int(i))
     return kept
 
-# %% ../nbs/30_pretrain.ipynb #771f5602
+# %% ../nbs/30_pretrain.ipynb #p040
 CLASSES = '''airplane, plane, aeroplane | alarm clock, alarm | bar chart, chart bar | battery | bell | book | bookmark | box, package | briefcase | brush, paintbrush, paint brush
 bug | building | calculator | calendar | camera | car | clipboard | cloud | coffee, cup | comment, chat, speech bubble | credit card | database | download | envelope, mail, email
 eye, view, visibility | file, document | fire, flame | flag | flask, beaker | folder, directory | gift, gift box | globe, world, earth | headphones, headphone | home, house | hourglass
@@ -246,7 +246,7 @@ ALIAS = {name: c for c, names in CLASSES.items() for name in names}
 MIXED = dict(notification='bell', notifications='bell', message='comment', computer='monitor', clip='paperclip', present='gift', like='thumbs up',
     dislike='thumbs down', marker='location pin', speaker='volume', sound='volume', wastebasket='trash') # names for twins only
 
-# %% ../nbs/30_pretrain.ipynb #2435338d
+# %% ../nbs/30_pretrain.ipynb #p043
 STYLE_SETS = {s: style for style, sets in {'emoji': 'noto noto-v1 fxemoji fluent-emoji-flat fluent-emoji-high-contrast', 'pixel': 'dinkie-icons pixelarticons memory',
     'flat colour': 'flat-color-icons flat-ui', 'duotone': 'duo-icons marketeq'}.items() for s in sets.split()}
 LOGOS = {('flat-ui', 'chat')}                                       # a speech bubble with a brand in it
@@ -261,7 +261,7 @@ umbrella, volcano, volleyball, watch, watermelon, wheel, wrench, yarn'''.replace
 UNSEEN = '''accordion, ant, banjo, blowfish, boar, camel, chipmunk, cucumber, dagger, dove, dragon, eagle, fox, frog, goat, gorilla, hamster, jeans, jellyfish, kangaroo
 koala, leopard, lizard, lobster, mango, melon, onion, otter, parrot, peacock, pineapple, poodle, saxophone, scorpion, squid, strawberry, swan, tiger, wolf, zebra'''.replace('\n', ', ').split(', ')
 
-# %% ../nbs/30_pretrain.ipynb #056ef9b4
+# %% ../nbs/30_pretrain.ipynb #p046
 def candidates(icons:pd.DataFrame) -> pd.DataFrame:
     "Every icon that could be in the benchmark, with its part and class"
     named = icons.assign(cls=icons.concept.map(ALIAS)).dropna(subset='cls')
@@ -286,7 +286,7 @@ def clean(
     rows = rows.loc[kept].sort_values('key')
     return rows[rows.groupby(['part', 'family', 'cls']).cumcount() < cap]
 
-# %% ../nbs/30_pretrain.ipynb #40e5a854
+# %% ../nbs/30_pretrain.ipynb #p048
 def test_families(
     cls:str,
     families:list[str], # one entry per picture of the class
@@ -298,7 +298,7 @@ def test_families(
             test.add(f); taken += n[f]
     return test
 
-# %% ../nbs/30_pretrain.ipynb #ac2e5052
+# %% ../nbs/30_pretrain.ipynb #p051
 def split(rows:pd.DataFrame, pre:pd.DataFrame) -> pd.DataFrame:
     "Choose classes, give every picture a split and a file name"
     test = {c: test_families(c, g.family.tolist()) for c, g in rows[rows.part == 'icons'].groupby('cls')}
@@ -316,7 +316,7 @@ def emoji_classes(rows:pd.DataFrame, pre:pd.DataFrame, n:int=100) -> list[str]:
     good = families[(count >= 2).all(axis=1) & (families >= 3)]
     return good.sort_values(ascending=False, kind='stable').index[:n].tolist()
 
-# %% ../nbs/30_pretrain.ipynb #b0e3f443
+# %% ../nbs/30_pretrain.ipynb #p053
 def to_png(picture:np.ndarray) -> bytes: # uint8 [H, W, 3]
     "Grey if there is no colour"
     image, file = Image.fromarray(picture), io.BytesIO()
@@ -350,7 +350,7 @@ def write_benchmark(
     replace_file(out/'pictograms.csv', lambda p: table.to_csv(p, index=False, lineterminator='\n'))
     (out/'pictograms.sha256').write_text(f"{fingerprint(out/'pictograms.zip')}  decoded pixels of pictograms.zip, see chapter 30\n")
 
-# %% ../nbs/30_pretrain.ipynb #e9b8afd7
+# %% ../nbs/30_pretrain.ipynb #p058
 TEXTS = """## MIT
 
 Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to the following conditions:
@@ -395,7 +395,7 @@ def attribution(source:Source, shipped:list[str], learned:list[str]) -> str: # s
         'where its colour was left open, on white, as a picture of 64 x 64 pixels.\n', part('Pictures in pictograms.zip', 'Copyright of the authors named.', shipped),
         part('Pictures that picto-clip learned from', 'These pictures are not shipped; the weights in picto-clip.safetensors were trained on them.', learned), TEXTS])
 
-# %% ../nbs/30_pretrain.ipynb #7e740cc7
+# %% ../nbs/30_pretrain.ipynb #p061
 def build(
     source:Source,
     out:Path,        # receives the benchmark, PICTURES.md and the pre-training pack
@@ -417,11 +417,11 @@ def build(
     (out/'PICTURES.md').write_text(attribution(source, rows.set, pre.set), encoding='utf-8')
     return rows
 
-# %% ../nbs/30_pretrain.ipynb #3b8ab6b9
+# %% ../nbs/30_pretrain.ipynb #p063
 MODEL = dict(embed_dim=128, vision_cfg=dict(image_size=32, patch_size=8, width=192, layers=8, head_width=64),
     text_cfg=dict(context_length=77, vocab_size=49408, width=128, heads=2, layers=8), quick_gelu=False)
 SOT, EOT = 49406, 49407
-MEAN, STD = 0.4578275, 0.26130258   # of all three channels: CLIP's values for green and red-blue, averaged by eye over grey ink
+MEAN, STD = 0.4578275, 0.26130258   # CLIP's values of the green channel, for all three: ink has no colour to balance
 tokenizer = open_clip.SimpleTokenizer()
 
 @lru_cache(maxsize=None)
@@ -429,7 +429,7 @@ def encode(text:str) -> tuple[int, ...]:
     "Token ids without SOT and EOT"
     return tuple(tokenizer.encode(text))
 
-# %% ../nbs/30_pretrain.ipynb #49cebe5f
+# %% ../nbs/30_pretrain.ipynb #p065
 PLAIN = ['{}', 'a {}', 'a {}.', 'the {}', '{} icon', 'a {} icon', 'an icon of a {}.', 'an icon of the {}.', 'a pictogram of a {}.', 'a drawing of a {}.',
     'a symbol for {}', 'a sign of a {}.', 'this is a {}.', 'a simple {}.']
 STYLED = ['a {s} icon of a {}.', 'a {s} {}', '{} {s}', 'a {s} drawing of a {}.', '{}, {s}']
@@ -446,7 +446,7 @@ def caption(words:str, style:str, rng:random.Random) -> tuple[int, ...]:
     if style and draw < .35: return fill(rng.choice(STYLED), words, style)
     return fill(rng.choice(CLIP_80 if draw > .85 else PLAIN), words)
 
-# %% ../nbs/30_pretrain.ipynb #9be3fcf2
+# %% ../nbs/30_pretrain.ipynb #p069
 def other_names() -> list[str]:
     "Class names of public data sets, so that picto-clip has rows for their words"
     return (assets()/'picto-clip-words.txt').read_text(encoding='utf-8').splitlines()
@@ -479,7 +479,7 @@ class Pairs:
         t = pd.read_csv(Path(folder)/'pretraining.csv', keep_default_na=False)
         return cls(np.load(Path(folder)/'pretraining.npy'), t.concept.tolist(), t['style'].tolist(), np.loadtxt(Path(folder)/'token_ids.txt', dtype=int).tolist())
 
-# %% ../nbs/30_pretrain.ipynb #01fdf3c1
+# %% ../nbs/30_pretrain.ipynb #p072
 def row_numbers(ids:list[int]) -> Tensor: # [49408]: token id -> row of the small table, 0 for the rest
     rows = torch.zeros(MODEL['text_cfg']['vocab_size'], dtype=torch.long)
     rows[torch.tensor(ids)] = torch.arange(len(ids))
@@ -492,7 +492,7 @@ def pad(captions:list[tuple[int, ...]], longest:int=24) -> Tensor: # [B, L]
     for row, c in zip(out, captions): row[:len(c)] = torch.tensor(c)
     return out
 
-# %% ../nbs/30_pretrain.ipynb #7949a58e
+# %% ../nbs/30_pretrain.ipynb #p075
 def augment(
     grey:Tensor,          # uint8 [B, 32, 32], black on white
     gen:torch.Generator,
@@ -513,7 +513,7 @@ def augment(
     pen[swap], paper[swap] = paper[swap], pen[swap].clone()
     return paper[:, :, None, None]*(1-ink) + pen[:, :, None, None]*ink
 
-# %% ../nbs/30_pretrain.ipynb #85e5498d
+# %% ../nbs/30_pretrain.ipynb #p079
 def contrastive_loss(
     images:Tensor,    # [B, E], any length
     texts:Tensor,     # [B, E]
@@ -526,7 +526,7 @@ def contrastive_loss(
     y = same/same.sum(1, keepdim=True)
     return (F.cross_entropy(logits, y) + F.cross_entropy(logits.T, y))/2
 
-# %% ../nbs/30_pretrain.ipynb #6ef8bcb2
+# %% ../nbs/30_pretrain.ipynb #p082
 def encode_text(model:nn.Module, tokens:Tensor) -> Tensor: # [B, L] row numbers -> [B, E]
     "open_clip's text tower at any length up to its context"
     L = tokens.shape[1]
@@ -534,7 +534,7 @@ def encode_text(model:nn.Module, tokens:Tensor) -> Tensor: # [B, L] row numbers 
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:L, :L]))
     return x[torch.arange(len(x)), tokens.argmax(-1)] @ model.text_projection
 
-# %% ../nbs/30_pretrain.ipynb #aafd018b
+# %% ../nbs/30_pretrain.ipynb #p085
 class Run:
     "A pre-training run: one batch after another, stoppable at any step"
     def __init__(self,
@@ -601,7 +601,7 @@ def schedule(step:int, steps:int, warmup:int) -> float:
     "Learning-rate factor: linear warm-up, then a cosine to zero, whichever is lower"
     return min((step+1)/warmup, .5*(1+math.cos(math.pi*max(0, step-warmup)/(steps-warmup))))
 
-# %% ../nbs/30_pretrain.ipynb #ec5bb66f
+# %% ../nbs/30_pretrain.ipynb #p090
 def train(
     run:Run,
     out:Path,           # receives checkpoint.pt and picto-clip-training.csv
@@ -625,7 +625,7 @@ def train(
             run.save(out/'checkpoint.pt')
             replace_file(log, lambda p: pd.DataFrame(rows, columns=past.columns).astype(dict(step=int, seconds=int)).to_csv(p, index=False, lineterminator='\n'))
 
-# %% ../nbs/30_pretrain.ipynb #af2fb854
+# %% ../nbs/30_pretrain.ipynb #p094
 ALPHA = 0.25
 
 def settle_unknown(
@@ -657,7 +657,7 @@ def export_weights(
     replace_file(Path(path), lambda p: save_file(tensors, p, metadata=meta))
     os.chmod(path, 0o644)
 
-# %% ../nbs/30_pretrain.ipynb #c0d31f49
+# %% ../nbs/30_pretrain.ipynb #p097
 app = typer.Typer(help='Make the Pictograms benchmark and picto-clip again.', no_args_is_help=True, pretty_exceptions_show_locals=False)
 SOURCE = typer.Option(..., '--source', help=f'iconify-json-{VERSION}.tgz, or the folder it unpacks to; {HOW}')
 OUT = typer.Option(Path('rebuilt'), '--out', help='folder for everything that is made')
@@ -685,6 +685,6 @@ def train_command(source:Path=SOURCE, out:Path=OUT, steps:int=typer.Option(7000,
     export_weights(run, out/'picto-clip.safetensors')
     typer.echo(f"{out/'picto-clip.safetensors'}: {(out/'picto-clip.safetensors').stat().st_size/1e6:.1f} MB")
 
-# %% ../nbs/30_pretrain.ipynb #14c05f0c
+# %% ../nbs/30_pretrain.ipynb #p098
 #| eval: false
 if __name__ == '__main__': app()

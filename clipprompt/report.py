@@ -112,4 +112,6 @@ def plot(rows:pd.DataFrame) -> plt.Figure:
                 ax.set(yticks=range(len(methods)), yticklabels=methods, ylim=(-.6, len(methods)-.3)); ax.grid(axis='y', visible=False)
                 ax.set_title(f'{task}, {shots} shots: {score}', fontsize=9)
         for ax in axs[-1]: ax.set_xlabel('accuracy (%)')
+        interactive = plt.isinteractive()
+    plt.interactive(interactive)   # a notebook's backend turns this on with its first figure, and the style's end would turn it off
     return fig
