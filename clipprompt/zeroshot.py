@@ -11,6 +11,7 @@ import warnings
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -83,8 +84,9 @@ class LinearProbe(PromptLearner):
         folds = min(4, int(labels.bincount(minlength=len(self.classnames)).min()))
         if folds < 1: raise ValueError('a linear probe needs at least one training image of every class')
         model = LogisticRegression(max_iter=1000)
-        if folds > 1: model = GridSearchCV(model, dict(C=[.003, .01, .03, .1, .3, 1.]), cv=folds).fit(x, y).best_estimator_
-        else: model.fit(x, y)
+        with threadpool_limits(1):     # small matrices: threads of the linear algebra library would wait for each other
+            if folds > 1: model = GridSearchCV(model, dict(C=[.003, .01, .03, .1, .3, 1.]), cv=folds).fit(x, y).best_estimator_
+            else: model.fit(x, y)
         W, b = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
         if len(self.classnames) == 2: W, b = torch.cat([-W, W])/2, torch.cat([-b, b])/2   # scikit-learn keeps one row for two classes
         self.weight.copy_(W); self.bias.copy_(b)

@@ -149,11 +149,14 @@ def test_interrupt_keeps_finished_rows(photos, tmp_path, monkeypatch, when):
 def test_a_real_ctrl_c(photos, tmp_path):
     "SIGINT in the middle of training, in a process of its own"
     args = ['compare', '--task', str(photos), '--methods', 'zero-shot,coop', '--protocol', 'few-shot', '--shots', '2', '--seeds', '1', '--epochs', '100000', '--out', str(tmp_path)]
-    p = subprocess.Popen([sys.executable, '-c', 'from clipprompt.cli import main; main()', *args], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    seen = ''
-    while '/100000' not in seen: seen += (c := p.stderr.read(1)); assert c, seen   # the bar of the second run
-    p.send_signal(signal.SIGINT)
-    _, err = p.communicate(timeout=60)
+    p = subprocess.Popen([sys.executable, '-c', 'from clipprompt.cli import main; main()', *args], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a job in the background starts with SIGINT ignored
+    try:
+        seen = ''
+        while '/100000' not in seen: seen += (c := p.stderr.read(1)); assert c, seen   # the bar of the second run
+        p.send_signal(signal.SIGINT)
+        _, err = p.communicate(timeout=60)
+    finally: p.kill()
     assert p.returncode == 130 and 'Traceback' not in err and 'stopped' in err, err
     assert results(tmp_path).method.tolist() == ['zero-shot']
 
