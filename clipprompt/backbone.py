@@ -73,8 +73,9 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:
-        "16 hex digits over all weights: two backbones with equal digits compute the same features"
-        h = hashlib.sha256()
+        "16 hex digits over all weights and the activation: equal digits, equal network (up to precision and pixel constants)"
+        quick = type(self.visual.transformer.resblocks[0].mlp.gelu).__name__ == 'QuickGELU'
+        h = hashlib.sha256(b'QuickGELU' if quick else b'')
         for k, v in sorted(self.model.state_dict().items()): h.update(k.encode() + v.detach().float().cpu().numpy().tobytes())
         return h.hexdigest()[:16]
 
@@ -122,7 +123,8 @@ def _open_clip(name:str, pretrained:str|None) -> Backbone:
     if pretrained not in (*tags, 'random') and not Path(pretrained).is_file():
         raise ValueError(f"'{pretrained}' is neither a file nor a tag of {name}; {nearest(pretrained, tags)}")
     local = Path(pretrained).is_file()
-    try: model, _, transform = open_clip.create_model_and_transforms(name, None if pretrained == 'random' else pretrained)
+    quick = (open_clip.get_pretrained_cfg(name, pretrained) or {}).get('quick_gelu', False)   # OpenAI's weights need QuickGELU; open_clip only warns
+    try: model, _, transform = open_clip.create_model_and_transforms(name, None if pretrained == 'random' else pretrained, force_quick_gelu=quick)
     except Exception as e:   # open_clip, torch and huggingface_hub raise many kinds
         if local: raise ValueError(f"{pretrained} is damaged or holds no weights of {name} ({type(e).__name__}); get the file again") from e
         if not isinstance(e, (OSError, RuntimeError)): raise
@@ -132,7 +134,7 @@ def _open_clip(name:str, pretrained:str|None) -> Backbone:
 
 def load_backbone(
     name:str='picto-clip',       # 'picto-clip', or a model of open_clip such as 'ViT-B-16'
-    pretrained:str|None=None,    # open_clip's tag ('openai', 'laion2b_s34b_b88k', ...), a weight file, or 'random'
+    pretrained:str|None=None,    # open_clip's tag ('openai', 'laion2b_s34b_b88k', ...), a weight file (OpenAI's weights: name 'ViT-B-16-quickgelu'), or 'random'
     device:str|None=None,        # cuda where there is one, else cpu
     dtype:torch.dtype=torch.float32,
 ) -> Backbone:

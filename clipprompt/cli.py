@@ -127,7 +127,7 @@ def train(
     """
     check_writable(out_file)
     m, backbone, pictures = find_method(method), load_backbone(), _data(data, task, classes, shots, seed, skip_broken)
-    recipe = replace(m.recipe or m.cls.recipe(), epochs=epochs) if epochs else None
+    recipe = replace(m.recipe or m.cls.recipe('few-shot', shots or 16, pictures.name), epochs=epochs) if epochs else None
     learner = m.train(backbone, pictures, seed, recipe, checkpoint, progress=True)
     learner.save(out_file)
     out.print(f'{method} on {pictures}: test accuracy {evaluate(learner, pictures).accuracy:.1f} %; wrote {out_file}')

@@ -81,7 +81,9 @@ def place(
     "Sentences `words name.` with their first n_ctx words as slots (Zhou et al. 2022, eq. 2 and 3). Raises ValueError if one does not fit the context"
     if position not in ('end', 'middle', 'front'): raise ValueError(f"unknown position '{position}'; use 'end', 'middle' or 'front'")
     words = (words or ' '.join('X'*n_ctx)).replace('_', ' ')
-    names = clean_names(classnames)
+    names, held = clean_names(classnames), len(backbone.tokenizer.encode(words))
+    if n_ctx > held: raise ValueError(f'"{words}" holds {held} places, not {n_ctx}; give more words or fewer prompt tokens')
+    if n_ctx < held and position != 'end': raise ValueError(f"words longer than the slots work with position 'end' only, not '{position}'")
     for n in names:
         if (need := len(backbone.tokenizer.encode(f'{words} {n}.'))+2) > backbone.context_length:
             raise ValueError(f"class '{n[:40]}' with {n_ctx} prompt tokens needs {need} places but the context holds {backbone.context_length}; shorten the name or the prompt")

@@ -57,14 +57,14 @@ def few_shot(
 ) -> dict:
     "Train on K images of every class, test on all classes; `accuracy` in percent (Zhou et al. 2022, CoOp, section 4.1)"
     start, data = perf_counter(), data.few_shot(shots, seed)
-    learner = method.train(backbone, data, seed, recipe, progress=progress)
+    learner = method.train(backbone, data, seed, recipe or method.recipe or method.cls.recipe('few-shot', shots, data.name), progress=progress)
     return _row(method, 'few-shot', data, shots, seed, start, learner, accuracy=evaluate(learner, data).accuracy)
 
 def base_to_new(method:Method, backbone:Backbone, data:DataSet, shots:int=16, seed:int=1, recipe:Recipe|None=None, progress:bool=False) -> dict:
     "Train on the base half, test on both halves with their own names; `base`, `new`, `h` in percent (Zhou et al. 2022, CoCoOp, section 4.1)"
     start, data = perf_counter(), data.few_shot(shots, seed)
     base, new = data.base(), data.new()
-    learner = method.train(backbone, base, seed, recipe, progress=progress)
+    learner = method.train(backbone, base, seed, recipe or method.recipe or method.cls.recipe('base-to-new', shots, data.name), progress=progress)
     b = evaluate(learner, base).accuracy
     n = evaluate(learner.for_classes(new.classnames), new).accuracy if learner.transfers else math.nan
     return _row(method, 'base-to-new', data, shots, seed, start, learner, base=b, new=n, h=harmonic_mean(b, n))

@@ -8,7 +8,6 @@ __all__ = ['take', 'put', 'trim', 'TextTower', 'VisionTower']
 # %% ../nbs/03_towers.ipynb #03-003
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .backbone import Backbone
 from .prompts import Prompts, Sentences

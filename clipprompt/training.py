@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .data import DataSet, test_transform, train_transform
 from .learner import PromptLearner, Recipe, write_safely
+from .prompts import clean_names
 
 # %% ../nbs/06_training.ipynb #06-005
 def lr_at(recipe:Recipe,
@@ -68,7 +69,7 @@ class Fit:
 def fit(
     learner:PromptLearner,
     data:DataSet,                  # its training split is used
-    recipe:Recipe|None=None,       # the method's own few-shot recipe by default
+    recipe:Recipe|None=None,       # the method's 16-shot recipe by default
     seed:int=0,                    # of order and augmentation
     checkpoint:str|Path|None=None, # file to write after each epoch and to resume from
     progress:bool=True,            # show a bar
@@ -146,8 +147,8 @@ def evaluate(
     features:tuple[Tensor, Tensor]|None=None, # from `encode`, when the image side is frozen and they are known already
 ) -> Evaluation:
     "Score a split. The learner must know the data set's classes. Raises ValueError when it does not"
-    if learner.classnames != (names := [c.replace('_', ' ').strip() for c in data.classnames]):
-        raise ValueError(f'the learner knows {len(learner.classnames)} classes, the data set has {len(names)} others; use learner.for_classes(data.classnames)')
+    if learner.classnames != (names := clean_names(data.classnames)):
+        raise ValueError(f'learner and data set differ in their classes or their order ({len(learner.classnames)} and {len(names)} classes); use learner.for_classes(data.classnames)')
     learner.eval()
     if features is None: features = encode(learner, data.pictures(split, test_transform(learner.backbone)), batch_size)
     text = learner.text_features()                                          # once, not once per batch

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .backbone import Backbone
 from .data import PICTOGRAM_TEMPLATES, DataSet, test_transform
 from .learner import PromptLearner
-from .prompts import Sentences, clean_names
+from .prompts import Sentences
 from .training import encode, evaluate
 
 # %% ../nbs/10_zeroshot.ipynb #10-005
@@ -79,12 +79,12 @@ class LinearProbe(PromptLearner):
     @torch.no_grad()
     def solve(self, features:Tensor, labels:Tensor):
         "Fit on features [N, E] and labels [N]; called by `fit`"
-        warnings.filterwarnings('ignore', 'The number of unique classes')   # one image per class is what we mean
         x, y = (self.backbone.logit_scale*features).float().cpu().numpy(), labels.cpu().numpy()
         folds = min(4, int(labels.bincount(minlength=len(self.classnames)).min()))
         if folds < 1: raise ValueError('a linear probe needs at least one training image of every class')
         model = LogisticRegression(max_iter=1000)
-        with threadpool_limits(1):     # small matrices: threads of the linear algebra library would wait for each other
+        with threadpool_limits(1), warnings.catch_warnings():                   # small matrices: threads would wait for each other
+            warnings.filterwarnings('ignore', 'The number of unique classes')   # one image per class is what we mean
             if folds > 1: model = GridSearchCV(model, dict(C=[.003, .01, .03, .1, .3, 1.]), cv=folds).fit(x, y).best_estimator_
             else: model.fit(x, y)
         W, b = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
