@@ -45,6 +45,7 @@ class Backbone:
         self.text_layers, self.vision_layers = len(self.text.transformer.resblocks), len(self.visual.transformer.resblocks)
         self.embed_dim, self.image_size = self.visual.proj.shape[1], self.visual.conv1.kernel_size[0]*self.visual.grid_size[0] # E, pixels
         self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
+        self.precision, self.cache = None, None    # set by `load_backbone`
 
     @property
     def device(self) -> torch.device: return self.model.logit_scale.device
@@ -70,6 +71,11 @@ class Backbone:
         "Move the frozen model to a device or dtype; returns self"
         self.model.to(*args, **kwargs)
         return self
+
+    def autocast(self) -> torch.autocast:
+        "The context in which the frozen towers run: in half precision if `precision` asks for it, else as they are"
+        half = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, half, enabled=half is not None)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,7 +143,11 @@ def load_backbone(
     pretrained:str|None=None,    # open_clip's tag ('openai', 'laion2b_s34b_b88k', ...), a weight file (OpenAI's weights: name 'ViT-B-16-quickgelu'), or 'random'
     device:str|None=None,        # cuda where there is one, else cpu
     dtype:torch.dtype=torch.float32,
+    precision:str|None=None,     # 'bf16' or 'fp16': the towers compute in half precision, prompts and loss stay in `dtype`
+    cache:str|Path|None=None,    # a folder that keeps frozen features between runs (chapter 06)
 ) -> Backbone:
     "A frozen CLIP, ready for prompts. Raises ValueError (unknown name or damaged file) or ConnectionError (weights not to be had)"
+    if precision not in (None, 'bf16', 'fp16'): raise ValueError(f"unknown precision '{precision}'; use 'bf16', 'fp16', or None for that of the weights")
     backbone = _picto_clip(assets()/'picto-clip.safetensors') if name == 'picto-clip' else _open_clip(name, pretrained)
+    backbone.precision, backbone.cache = precision, cache and Path(cache).expanduser()
     return backbone.to(device=device or ('cuda' if torch.cuda.is_available() else 'cpu'), dtype=dtype)
