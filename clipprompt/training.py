@@ -7,7 +7,7 @@ __all__ = ['lr_at', 'Fit', 'fit', 'Evaluation', 'encode', 'evaluate']
 
 # %% ../nbs/06_training.ipynb #06-003
 import json, math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm.auto import tqdm
 
-from .data import DataSet, test_transform, train_transform
-from .learner import PromptLearner, Recipe, write_safely
+from .data import DataSet, Pictures, test_transform, train_transform
+from .learner import PromptLearner, Recipe, frozen_key, keep, write_safely
 from .prompts import clean_names
 
 # %% ../nbs/06_training.ipynb #06-005
@@ -48,9 +48,7 @@ def _epochs(learner:PromptLearner, data:DataSet, recipe:Recipe, seed:int, first:
         if recipe.views:
             v = (epoch-1) % recipe.views
             if v not in kept:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(1_000_003*seed + v)
-                    kept[v] = TensorDataset(*(t.cpu() for t in encode(learner, pictures)))
+                kept[v] = TensorDataset(*(t.cpu() for t in encode(learner, pictures, seed=1_000_003*seed + v)))
             seen = kept[v]
         yield epoch, _epoch_batches(seen, recipe.batch_size, seed, epoch)
 
@@ -62,9 +60,14 @@ class Fit:
     seed:int
     losses:list[float]  # mean loss of each epoch
     seconds:float       # of this call
+    precision:str       # in which the towers computed
 
     @property
     def epochs(self) -> int: return len(self.losses)
+    @property
+    def views(self) -> int|None:
+        "Fixed views per image that took the place of fresh augmentation; None where each epoch drew anew"
+        return self.recipe.views
 
 def fit(
     learner:PromptLearner,
@@ -73,25 +76,30 @@ def fit(
     seed:int=0,                    # of order and augmentation
     checkpoint:str|Path|None=None, # file to write after each epoch and to resume from
     progress:bool=True,            # show a bar
+    views:int|None=None,           # instead of the recipe's: V fixed views of each image replace fresh augmentation in each epoch
 ) -> Fit:
     "Train the learner's parameters. Raises FloatingPointError on a loss that is not finite, ValueError on a foreign checkpoint"
     recipe, start, device, losses = recipe or learner.recipe(), perf_counter(), learner.backbone.device, []
+    if views: recipe = replace(recipe, views=views)
     learner.to(device).train()
     if hasattr(learner, 'solve'):
         learner.solve(*encode(learner, data.pictures('train', test_transform(learner.backbone)), progress=False))
     elif params := list(learner.parameters()):
         optimizer = torch.optim.SGD(params, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
-        run = dict(method=learner.method, hparams=learner.hparams, recipe=asdict(recipe), seed=seed, data=data.fingerprint, fingerprint=learner.backbone.fingerprint)
+        run = dict(method=learner.method, hparams=learner.hparams, recipe=asdict(recipe), seed=seed, data=data.fingerprint, fingerprint=learner.backbone.fingerprint, precision=learner.backbone.precision)
         if checkpoint: losses = _resume(checkpoint, learner, optimizer, run)
         epochs = _epochs(learner, data, recipe, seed, first=len(losses)+1)
         for epoch, batches in (bar := tqdm(epochs, learner.method, recipe.epochs, initial=len(losses), unit='epoch', disable=not progress, leave=False)):
             for group in optimizer.param_groups: group['lr'] = lr_at(recipe, epoch)
-            steps = [learner.training_step((x.to(device), y.to(device)), optimizer) for x, y in batches]
+            steps = []
+            for x, y in batches:
+                try: steps.append(learner.training_step((x.to(device), y.to(device)), optimizer))
+                except FloatingPointError as e: raise FloatingPointError(f'epoch {epoch}, step {len(steps)+1}: {e}') from None
             losses.append(sum(steps)/len(steps))
             bar.set_postfix(loss=f'{losses[-1]:.3f}')
             if checkpoint: _checkpoint(checkpoint, learner, optimizer, run, losses)
     learner.eval()
-    return Fit(recipe, seed, losses, perf_counter()-start)
+    return Fit(recipe, seed, losses, perf_counter()-start, learner.backbone.precision or str(learner.backbone.dtype)[6:])
 
 # %% ../nbs/06_training.ipynb #06-017
 def _checkpoint(path, learner, optimizer, run, losses):
@@ -132,11 +140,24 @@ class Evaluation:
         return torch.stack([100*hit[self.labels == c].mean() for c in range(self.logits.shape[1])])
 
 @torch.no_grad()
-def encode(learner:PromptLearner, pictures:Dataset, batch_size:int=100, progress:bool=False) -> tuple[Tensor, Tensor]: # [N, E], [N]
-    "Image features and labels of a whole set"
-    batches = tqdm(DataLoader(pictures, batch_size), desc='images', unit='batch', disable=not progress, leave=False)
-    features, labels = zip(*[(learner.image_features(x.to(learner.backbone.device)), y) for x, y in batches])
-    return torch.cat(features), torch.cat(labels)
+def encode(
+    learner:PromptLearner,
+    pictures:Pictures,
+    batch_size:int=100,
+    progress:bool=False,
+    seed:int|None=None,   # of what is random in the pictures' transform
+) -> tuple[Tensor, Tensor]: # [N, E], [N]
+    "Image features and labels of a whole set; from the backbone's cache if it has one and the image side is frozen"
+    clip = learner.backbone
+    def make():
+        with torch.random.fork_rng(devices=[]):
+            if seed is not None: torch.manual_seed(seed)
+            batches = tqdm(DataLoader(pictures, batch_size), desc='images', unit='batch', disable=not progress, leave=False)
+            features, labels = zip(*[(learner.image_features(x.to(clip.device)), y) for x, y in batches])
+        return dict(features=torch.cat(features), labels=torch.cat(labels))
+    key = frozen_key(clip) | dict(pictures=pictures.fingerprint, seed=seed, by=learner.image_features.__qualname__)
+    kept = make() if learner.learns_image else keep(clip.cache, key, make)
+    return kept['features'].to(clip.device), kept['labels']
 
 @torch.no_grad()
 def evaluate(

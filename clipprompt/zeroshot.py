@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from .backbone import Backbone
 from .data import PICTOGRAM_TEMPLATES, DataSet, test_transform
 from .learner import PromptLearner
-from .prompts import Sentences
 from .training import encode, evaluate
 
 # %% ../nbs/10_zeroshot.ipynb #10-005
@@ -33,15 +32,11 @@ class ZeroShot(PromptLearner):
         self.templates = [templates] if isinstance(templates, str) else list(templates)
         if not self.templates: raise ValueError('no template: give at least one')
         if bad := [t for t in self.templates if t.count('{}') != 1]: raise ValueError(f'a template needs exactly one {{}} for the class name: "{bad[0]}"')
-        self.kept = None
 
     @torch.no_grad()
     def text_features(self) -> Tensor: # [C, E], unit rows
-        if self.kept is None or self.kept.dtype != self.backbone.dtype or self.kept.device != self.backbone.device:
-            texts = [t.replace('{}', c) for t in self.templates for c in self.classnames]
-            t = F.normalize(self.text(Sentences.of(self.backbone, texts)), dim=-1).view(len(self.templates), len(self.classnames), -1)
-            self.kept = F.normalize(t.sum(0), dim=-1)  # [K, C, E] -> [C, E]
-        return self.kept
+        t = self.frozen_text([t.replace('{}', c) for t in self.templates for c in self.classnames])
+        return F.normalize(t.view(len(self.templates), len(self.classnames), -1).sum(0), dim=-1)  # [K, C, E] -> [C, E]
 
 # %% ../nbs/10_zeroshot.ipynb #10-014
 def best_template(
