@@ -1,4 +1,4 @@
-"""Towers, learners and training: exact, frozen where they must be, reproducible, and unharmed by a power cut."""
+"""Learners and training: exact, frozen where they must be, reproducible, and unharmed by a power cut."""
 import os
 import signal
 import subprocess
@@ -9,16 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from torch.nn import functional as F
 
 from clipprompt import training
 from clipprompt.coop import CoOp
 from clipprompt.data import load_dataset, test_transform
 from clipprompt.learner import PromptLearner, Recipe
-from clipprompt.prompts import Prompts, Sentences, place
 from clipprompt.protocols import base_to_new, few_shot
 from clipprompt.report import METHODS, load_prompts
-from clipprompt.towers import TextTower, VisionTower, trim
 from clipprompt.training import encode, evaluate, fit, lr_at
 from helpers import TINY, shapes, tiny_clip
 
@@ -42,108 +39,7 @@ def few(tmp_path_factory): return load_dataset(shapes(tmp_path_factory.mktemp('d
 def images(): return torch.randn(6, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def loud(n, width, **kwargs): return Prompts(n, width, std=1., **kwargs).double()  # so large that a mistake shows
-
 def error(a, b): return ((a-b).abs().max()/b.abs().max()).item()
-
-
-# ---- the text tower ------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('depth', [1, 2, 3])
-@pytest.mark.parametrize('n_ctx', [1, 4, 16])
-@pytest.mark.parametrize('position,n_classes', [('end', None), ('middle', None), ('front', None), ('end', 5)], ids='end middle front csc'.split())
-def test_truncated_text_equals_plain(clip, n_ctx, depth, position, n_classes):
-    "Features and gradients of the short computation are those of all 77 positions"
-    tower, s, prompts = TextTower(clip), place(clip, NAMES, n_ctx, position), loud(n_ctx, clip.text_width, depth=depth, n_classes=n_classes)
-    assert trim(s).ids.shape[1] < 77
-    g = torch.randn(5, clip.embed_dim, dtype=torch.float64)
-    (plain, d_plain), (short, d_short) = [(f, torch.autograd.grad((f*g).sum(), prompts.tokens)[0]) for f in (tower(s, prompts, plain=True), tower(s, prompts))]
-    assert error(short, plain) < 1e-10 and error(d_short, d_plain) < 1e-10
-    for l in range(depth): assert d_plain[l].abs().max() > 1e-6, f'the tokens of block {l} have no effect'
-
-
-def test_slots_behind_the_last_eot_are_kept(clip):
-    "A sentence whose slots stand behind its EOT cannot be cut at EOT"
-    s = Sentences.of(clip, ['cat', 'guide dog'])
-    s = Sentences(s.ids, (s.eot+3)[:, None], s.eot)
-    assert trim(s).ids.shape[1] == s.slots.max()+1
-    tower, p = TextTower(clip), loud(1, clip.text_width, depth=2)
-    assert error(tower(s, p), tower(s, p, plain=True)) < 1e-10
-
-
-def test_prompt_free_text_equals_open_clip(clip):
-    texts = [f'a photo of a {n}.' for n in NAMES]
-    theirs = clip.model.encode_text(clip.tokenize(texts))
-    ours = TextTower(clip)(Sentences.of(clip, texts), plain=True)
-    assert torch.equal(ours, theirs) and error(TextTower(clip)(Sentences.of(clip, texts)), theirs) < 1e-10
-
-
-def test_learned_words_equal_written_words(clip):
-    "CoOp started from a phrase is, before training, the hand-written prompt; wherever the words stand"
-    learner = CoOp(clip, NAMES, ctx_init='a photo of a').double()
-    theirs = F.normalize(clip.model.encode_text(clip.tokenize([f'a photo of a {n}.' for n in NAMES])), dim=-1)
-    assert error(learner.text_features(), theirs) < 1e-6     # the words pass through float32 parameters
-
-
-@pytest.mark.parametrize('position,text', [('middle', 'a photo {} of a.'), ('front', '{} a photo of a.')])
-def test_positions_read_as_written(clip, position, text):
-    learner = CoOp(clip, NAMES, ctx_init='a photo of a', position=position).double()
-    theirs = F.normalize(clip.model.encode_text(clip.tokenize([text.format(n) for n in NAMES])), dim=-1)
-    assert error(learner.text_features(), theirs) < 1e-6
-
-
-# ---- the vision tower ----------------------------------------------------------------------------------------------
-
-def watch(tower, images, prompts):
-    "Features, and what enters and leaves each block"
-    into, out, hooks = [], [], []
-    for block in tower.vit.transformer.resblocks:
-        hooks += [block.register_forward_pre_hook(lambda m, a: into.append(a[0])), block.register_forward_hook(lambda m, a, y: out.append(y))]
-    try: features = tower(images, prompts)
-    finally: [h.remove() for h in hooks]
-    return features, into, out
-
-
-def test_prompt_free_images_equal_open_clip(clip, clip32, images):
-    for c, x in ((clip, images), (clip32, images.float())): assert torch.equal(VisionTower(c)(x), c.model.encode_image(x))
-
-
-@pytest.mark.parametrize('depth', [1, 2, 3])
-@pytest.mark.parametrize('ln_pre', [True, False], ids=['ln_pre', 'no ln_pre'])
-@pytest.mark.parametrize('after', ['cls', 'patches'])
-def test_visual_slots(clip, images, after, ln_pre, depth):
-    n, prompts = 3, loud(3, clip.vision_width, depth=depth)
-    _, bare, _ = watch(VisionTower(clip), images, None)
-    features, into, out = watch(VisionTower(clip, after, ln_pre), images, prompts)
-    N = bare[0].shape[1]                                           # 1 CLS and 16 patches
-    at = slice(1, 1+n) if after == 'cls' else slice(N, N+n)
-    rest = [i for i in range(N+n) if i not in range(N+n)[at]]
-    first = clip.visual.ln_pre(prompts.tokens[0]) if ln_pre else prompts.tokens[0]
-    assert all(x.shape == (6, N+n, clip.vision_width) for x in into)
-    assert error(into[0][:, at], first.expand(6, -1, -1)) < 1e-12 and error(into[0][:, rest], bare[0]) < 1e-12
-    for l in (1, 2):
-        carried = out[l-1][:, at]                                  # O_{l-1}
-        assert torch.equal(into[l][:, at], prompts.tokens[l].expand(6, -1, -1) if l < depth else carried)
-        assert torch.equal(into[l][:, rest], out[l-1][:, rest])
-    assert torch.equal(features, clip.visual.ln_post(out[-1][:, 0]) @ clip.visual.proj)
-
-
-def test_order_of_slots_does_not_matter_to_a_vit(clip, images):
-    "No mask, and prompts have no positions: both places give the same feature; ln_pre does not"
-    p = loud(3, clip.vision_width, depth=2)
-    cls, patches, raw = (VisionTower(clip, *a)(images, p) for a in (('cls',), ('patches',), ('patches', False)))
-    assert error(cls, patches) < 1e-10 and error(raw, patches) > 1e-3
-
-
-def test_visual_prompts_of_each_image(clip, images):
-    "[B, n, D]: every image its own tokens"
-    class Own(torch.nn.Module):
-        def __init__(self, t): super().__init__(); self.t = t
-        def enter(self, layer, carried): return self.t if layer == 0 else carried
-    tokens = torch.randn(6, 2, clip.vision_width, dtype=torch.float64)
-    together = VisionTower(clip)(images, Own(tokens))
-    alone = torch.cat([VisionTower(clip)(images[i:i+1], Own(tokens[i])) for i in range(6)])
-    assert error(together, alone) < 1e-10
 
 
 # ---- every method --------------------------------------------------------------------------------------------------
