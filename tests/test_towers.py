@@ -198,6 +198,15 @@ def test_slots_behind_the_last_eot_are_kept(clip):
     assert error(TextTower(clip)(s, p), TextTower(clip, plain=True)(s, p)) < 1e-10
 
 
+def test_different_slots_in_equal_words_are_not_shared(clip):
+    "Both sentences begin alike, but the first learns its first word and the second its third"
+    s = Sentences.of(clip, ['a photo of a cat.', 'a photo of a guide dog.'])
+    assert s.shared == 5 and Sentences(s.ids, s.eot.new_tensor([[1], [1]]), s.eot).shared == 5
+    s = Sentences(s.ids, s.eot.new_tensor([[1], [3]]), s.eot)
+    assert s.shared == 0
+    short_equals_plain(clip, s, loud(1, clip.text_width, depth=2), FAST[:2])
+
+
 @dtypes
 @positions
 @pytest.mark.parametrize('G', [1, 3, 5])
@@ -386,11 +395,16 @@ def test_visual_slots(clips, images, after, ln_pre, kind, depth, dtype):
     for ours, theirs in zip(*found): assert error(ours, theirs) < LIMIT[dtype] and ours.shape == (6, 3, d)
 
 
-def test_where_visual_slots_are(clip, images, monkeypatch):
-    "All rows in all blocks but the last, of which only CLS is read"
-    calls = watch_blocks(monkeypatch)
-    VisionTower(clip)(images, loud(3, clip.vision_width))
+@pytest.mark.parametrize('after,slots', [('cls', slice(1, 4)), ('patches', slice(17, 20))])
+def test_where_visual_slots_are(clip, images, monkeypatch, after, slots):
+    "Right behind CLS or behind all patches, which no feature tells; of the last block only CLS is read"
+    calls, into, p = watch_blocks(monkeypatch), [], loud(3, clip.vision_width, depth=3)
+    run = towers.run_block
+    monkeypatch.setattr(towers, 'run_block', lambda block, x, *args, **kwargs: (into.append(x), run(block, x, *args, **kwargs))[1])
+    VisionTower(clip, after, ln_pre=False)(images, p)
     assert calls['run_block'] == [((6, 1+16+3, clip.vision_width), True, l == 2) for l in range(3)]
+    for x, tokens in zip(into, p.tokens): assert torch.equal(x[:, slots], tokens.expand(6, -1, -1))
+    assert torch.equal(into[0][:, 0], clip.visual.ln_pre(VisionTower(clip).embed(images))[:, 0])
 
 
 @pytest.mark.parametrize('B', [1, 2, 3, 6, 17])
