@@ -46,7 +46,7 @@ class CoOp(PromptLearner):
         epochs = 50 if dataset == 'imagenet' or shots < 2 else 100 if shots < 8 else 200
         return Recipe(lr=.002, epochs=epochs, batch_size=32, source='CoOp, section 4.1; configurations vit_b16*, rn50*')
 
-# %% ../nbs/11_coop.ipynb #11-023
+# %% ../nbs/11_coop.ipynb #11-022
 def nearest_words(learner:CoOp,
     k:int=3,  # words per context vector
 ) -> list[list[tuple[str, float]]]:

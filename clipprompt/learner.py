@@ -179,6 +179,7 @@ class PromptLearner(Classifier):
         if meta['fingerprint'] != backbone.fingerprint: raise ValueError(f"{path} was trained on {meta['backbone']} ({meta['fingerprint']}), not on {backbone.name} ({backbone.fingerprint}); load that backbone")
         try:
             learner = cls(backbone, meta['classnames'], **meta['hparams'])
+            for t in state.values(): learner.to(t.dtype)
             learner.load_state_dict(state)
         except (TypeError, RuntimeError): raise ValueError(f"{path} (clipprompt {meta['version']}) does not fit {cls.method} of clipprompt {__version__}; train again") from None
         return learner.to(backbone.device)

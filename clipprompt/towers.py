@@ -107,7 +107,7 @@ class TextTower:
     def __call__(self,
         s:Sentences,              # C sentences
         prompts:Given|None=None,  # fills their slots
-    ) -> Tensor: # [C, E]; [G, C, E] if the tokens are [G, 1, n, d_t]. Not normalised
+    ) -> Tensor: # [C, E], not normalised; [G, C, E] if the first tokens are [G, 1, n, d_t] or there are several groups
         share = s.shared and not getattr(prompts, 'per_class', False)
         with self.backbone.autocast():
             x = plain_text(self.backbone, s, prompts) if self.plain else self._shared(s, prompts) if share else self._cut(s, prompts)

@@ -115,7 +115,7 @@ def test_all_tasks(pretended, tmp_path):
 def test_no_name_is_cut_in_the_table(pretended, tmp_path, monkeypatch):
     "In a terminal of 80 columns every run's line tells its method and all its numbers"
     monkeypatch.setattr(cli, 'out', Console(width=80))
-    r = works('compare', '--out', tmp_path)
+    r = works('compare', '--seeds', '1,2,3', '--out', tmp_path)
     for m in METHODS:
         line = next((l for l in r.out.splitlines() if f' {m} ' in l), '')
         assert all(x in line for x in ('pixels', '52.0 ± 0.8', '38.0 ± 0.8', '20,480')), r.out
@@ -142,7 +142,7 @@ def test_interrupt_keeps_finished_rows(photos, tmp_path, monkeypatch, when):
         monkeypatch.setattr(pd.DataFrame, 'to_csv', half)
     r = clipprompt('compare', '--task', photos, '--methods', 'zero-shot,linear-probe', '--protocol', 'few-shot', '--shots', '2', '--out', tmp_path)
     assert r.code == 130 and len(r.said) == 1 and 'stopped' in r.said[0], r
-    assert results(tmp_path).method.tolist() == ['zero-shot'] and [p.name for p in tmp_path.iterdir()] == ['results.csv']
+    assert results(tmp_path).method.tolist() == ['zero-shot'] and [p.name for p in tmp_path.iterdir() if p.is_file()] == ['results.csv']
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
@@ -175,7 +175,8 @@ def test_train_then_evaluate(trained, photos):
     again = works('evaluate', path, photos)
     assert accuracy(r) == pytest.approx(accuracy(again), abs=.06) and '4 classes' in r.out and method in r.out and method in again.out
     assert method != 'linear-probe' or accuracy(again) == 100
-    assert path.stat().st_size < 50_000                             # prompts, not a copy of CLIP
+    n = sum(v.numel() for v in read_prompts(path)[1].values())
+    assert path.stat().st_size < 4*n + 5000 < 1_000_000             # prompts, not a copy of CLIP
 
 
 def test_predict(trained, photos, picto):
