@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .backbone import Backbone
-from .prompts import Given, Sentences
+from .prompts import Given, Pack, Sentences
 
 # %% ../nbs/03_towers.ipynb #03-007
 def take(x:Tensor, slots:Tensor) -> Tensor:
@@ -46,21 +46,18 @@ def plain_text(backbone:Backbone,
     return x[:, torch.arange(C, device=x.device), s.eot]
 
 # %% ../nbs/03_towers.ipynb #03-012
-def _rows(x:Tensor, rows:Tensor) -> Tensor: # [N, L, D], [N] -> [N, 1, D]
-    return x[torch.arange(len(x), device=x.device), rows, None]
-
-def _read(block, x:Tensor, rows:Tensor|None) -> tuple[Tensor, ...]: # [N, L, D] -> x, and q, k, v [N, h, L, d]
-    "What a block reads; with `rows`, x and q of these rows only"
+def _read(block, x:Tensor, pick=None) -> tuple[Tensor, ...]: # [N, L, D] -> x, q, k, v
+    "What a block reads: x and q of the rows that `pick` picks, keys and values of all"
     W, b, D, y = block.attn.in_proj_weight, block.attn.in_proj_bias, x.shape[-1], block.ln_1(x)
-    if rows is None: q, k, v = F.linear(y, W, b).chunk(3, -1)
-    else:
-        k, v = F.linear(y, W[D:], b[D:]).chunk(2, -1)
-        x, q = _rows(x, rows), F.linear(_rows(y, rows), W[:D], b[:D])
-    return x, *(t.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    if pick is None: return x, *F.linear(y, W, b).chunk(3, -1)
+    return pick(x), F.linear(pick(y), W[:D], b[:D]), *F.linear(y, W[D:], b[D:]).chunk(2, -1)
 
-def _write(block, x:Tensor, out:Tensor) -> Tensor: # [N, L, D], [N, h, L, d] -> [N, L, D]
+def _heads(block, x:Tensor) -> Tensor: # [N, ..., L, D] -> [N, h, ..., L, d]
+    return x.unflatten(-1, (block.attn.num_heads, -1)).movedim(-2, 1)
+
+def _write(block, x:Tensor, out:Tensor) -> Tensor: # [N, L, D] twice
     "What a block writes, given what its heads read"
-    x = x + block.ls_1(block.attn.out_proj(out.transpose(1, 2).flatten(2)))
+    x = x + block.ls_1(block.attn.out_proj(out))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 def run_block(block,
@@ -69,36 +66,41 @@ def run_block(block,
     rows:Tensor|None=None, # [N]: compute one row of each sequence
 ) -> tuple[Tensor, Tensor, Tensor]: # x [N, L or 1, D]; keys and values [N, h, L, d]
     "One frozen pre-norm block, for all rows or for those that are read"
-    at = torch.arange(x.shape[1], device=x.device)
-    x, q, k, v = _read(block, x, rows)
+    at, every = torch.arange(x.shape[1], device=x.device), torch.arange(len(x), device=x.device)
+    x, *qkv = _read(block, x, None if rows is None else lambda t: t[every, rows, None])
+    q, k, v = (_heads(block, t) for t in qkv)
     mask = None if rows is None or not causal else (at <= rows[:, None])[:, None, None]      # [N, 1, 1, L]
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and rows is None)
-    return _write(block, x, out), k, v
+    return _write(block, x, out.transpose(1, 2).flatten(2)), k, v
 
 # %% ../nbs/03_towers.ipynb #03-017
 def run_after(block,
-    x:Tensor,              # [G*C, S, D]: the rows behind the prefix
-    k_prefix:Tensor,       # [G, h, P, d]: read by all C sentences of a group
+    x:Tensor,         # [G, R, D]: the packed rows behind the prefix
+    k_prefix:Tensor,  # [G, h, P, d]: read by all C sentences of a group
     v_prefix:Tensor,
-    rows:Tensor|None=None, # [G*C]: compute one row of each sentence
-) -> Tensor: # [G*C, S or 1, D]
+    pack:Pack,        # whose rows are they?
+    last:bool=False,  # compute only the last row of each sentence
+) -> Tensor: # [G, R or C, D]
     "One frozen causal block for rows that stand behind a shared prefix"
-    G, P, at = len(k_prefix), k_prefix.shape[2], torch.arange(x.shape[1], device=x.device)
-    x, q, k, v = _read(block, x, rows)
-    q, k, v = (t.unflatten(0, (G, -1)).transpose(1, 2) for t in (q*q.shape[-1]**-.5, k, v))  # [G, h, C, S or 1, d]
-    later = at > at[:, None] if rows is None else (at > rows[:, None]).view(G, 1, -1, 1, len(at))
-    left = (q.flatten(2, 3) @ k_prefix.mT).view(*q.shape[:-1], P)                            # [G, h, C, S or 1, P]
-    right = (q @ k.mT).masked_fill(later, -torch.inf)                                        # [G, h, C, S or 1, S]
+    (C, S), P, at = pack.shape, k_prefix.shape[2], torch.arange(pack.shape[1], device=x.device)
+    spread = lambda t: t.new_zeros(len(t), C*S, t.shape[-1]).index_copy(1, pack.place, t).unflatten(1, (C, S))   # [G, C, S, D]
+    x, q, k, v = _read(block, x, (lambda t: t.index_select(1, pack.last)) if last else None)
+    q, k, v = (_heads(block, t) for t in (q[:, :, None] if last else spread(q), spread(k), spread(v)))           # [G, h, C, 1 or S, d]
+    later = at > (pack.place[pack.last]%S)[:, None, None] if last else at > at[:, None]
+    q = q*q.shape[-1]**-.5
+    left = (q.flatten(2, 3) @ k_prefix.mT).view(*q.shape[:-1], P)                            # [G, h, C, 1 or S, P]
+    right = (q @ k.mT).masked_fill(later, -torch.inf)                                        # [G, h, C, 1 or S, S]
     w = torch.cat([left, right], -1).softmax(-1)
     out = (w[..., :P].flatten(2, 3) @ v_prefix).view(q.shape) + w[..., P:] @ v
-    return _write(block, x, out.transpose(1, 2).flatten(0, 1))
+    out = out.movedim(1, -2).flatten(-2).flatten(1, 2)                                       # [G, C or C*S, D]
+    return _write(block, x, out if last else out.index_select(1, pack.place))
 
 # %% ../nbs/03_towers.ipynb #03-021
 class TextTower:
     "The frozen causal text transformer with prompt slots"
     def __init__(self, backbone:Backbone,
         plain:bool=False,      # compute the definition: slow
-        chunk:int|None=None,   # sentences at once behind a shared prefix; 64 on a CPU, 1024 elsewhere
+        chunk:int|None=None,   # sentences at once behind a shared prefix; 128 on a CPU, 1024 elsewhere
         checkpoint:bool=False, # keep no activations; compute them again in the backward pass
     ):
         self.backbone, self.plain, self.chunk, self.checkpoint = backbone, plain, chunk, checkpoint
@@ -122,7 +124,7 @@ class TextTower:
 
     def _cut(self, s:Sentences, prompts:Given|None) -> Tensor: # [G, C, d_t]
         "All sentences, cut behind the longest"
-        L, C = s.by_length[1][-1], len(s.ids)
+        L, C = max(s.lengths), len(s.ids)
         x = fill(prompts, 0, self.backbone.embed(s.ids[:, :L])[None], s.slots) + self.clip.positional_embedding[:L]
         for l, block in enumerate(self.blocks):
             if l: x = fill(prompts, l, x, s.slots)
@@ -131,14 +133,9 @@ class TextTower:
         return x[:, :, 0]
 
     def _shared(self, s:Sentences, prompts:Given|None) -> Tensor: # [G, C, d_t]
-        "The prefix once, the rest in chunks of similar length"
-        P, past, (order, lengths) = s.shared, self._prefix(s, prompts), s.by_length
-        G, chunk = len(past[-1][0]), self.chunk or (64 if order.device.type == 'cpu' else 1024)
-        size, xs = max(1, chunk//G), []
-        for i, c in zip(range(0, len(order), size), order.split(size)):
-            ids = s.ids[c, P:lengths[min(i+size, len(order))-1]]
-            xs.append(self._run(self._behind, ids, s.eot[c]-P, P, past))
-        return torch.cat(xs, 1)[:, order.argsort()]
+        "The prefix once, the rest packed, in chunks"
+        past, chunk = self._prefix(s, prompts), self.chunk or (128 if s.ids.device.type == 'cpu' else 1024)
+        return torch.cat([self._run(self._behind, pack, past) for pack in s.packs(max(1, chunk//len(past[0][0])))], 1)
 
     def _prefix(self, s:Sentences, prompts:Given|None) -> list[tuple[Tensor, Tensor]]:
         "Keys and values [G, h, P, d] of the shared prefix in each block"
@@ -150,14 +147,12 @@ class TextTower:
             x, past = x[:, None], [*past, kv]
         return [(k.expand(len(x), -1, -1, -1), v.expand(len(x), -1, -1, -1)) for k, v in past]
 
-    def _behind(self, ids:Tensor, eot:Tensor, P:int, past:list) -> Tensor: # [C, S], [C] -> [G, C, d_t]
-        "The rows of a chunk of sentences behind their prefix of P rows"
-        G = len(past[0][0])
-        x = self.backbone.embed(ids) + self.clip.positional_embedding[P:P+ids.shape[1]]                              # [C, S, d_t]
-        x, eot = x.repeat(G, 1, 1), eot.repeat(G)
-        for l, (block, kv) in enumerate(zip(self.blocks, past)):
-            x = run_after(block, x, *kv, rows=eot if l == len(self.blocks)-1 else None)
-        return x[:, 0].unflatten(0, (G, -1))
+    def _behind(self, pack:Pack, past:list) -> Tensor: # [G, C, d_t]
+        "A chunk of sentences behind their prefix"
+        x = self.backbone.embed(pack.ids) + self.clip.positional_embedding[pack.at]              # [R, d_t]
+        x = x.expand(len(past[0][0]), -1, -1)
+        for l, (block, kv) in enumerate(zip(self.blocks, past), 1): x = run_after(block, x, *kv, pack, last=l == len(self.blocks))
+        return x
 
 # %% ../nbs/03_towers.ipynb #03-031
 class VisionTower:

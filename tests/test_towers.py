@@ -13,10 +13,11 @@ from clipprompt.towers import TextTower, VisionTower
 from helpers import tiny_clip
 
 LONG = 'a small red bird with a very long tail that sits on the branch of an old tree behind the house near the river while two boys and a dog walk along the road to the next town in rain'
-NAMES = ['a', 'guide dog', 'eel', LONG, 'cat']                                # 1, 2, 1, 40 and 1 tokens
+NAMES = ['a', 'guide dog', 'eel', LONG, 'cat']   # tokens of each: WORDS
+WORDS = [1, 2, 1, 40, 1]
 LISTS = {'one': ['guide dog'], 'equal lengths': ['guide dog', 'red bird', 'old tree'], 'two of each length': ['cat', 'guide dog', 'eel', 'old tree'],
          'beginnings of each other': ['dog', 'dog house', 'dog house roof'], 'long first': [LONG, 'cat'],
-         'two chunks of 64': [f'{a} {b}'.strip() for a in ('', 'red', 'small old') for b in 'cat dog bird tree house road river town rain tail boy branch eel fish cow pig ant bee owl hen fox bat rat'.split()]}
+         'two chunks of 128': [f'{a} {b}'.strip() for a in ('', 'red', 'small old', 'big', 'very good', 'new') for b in 'cat dog bird tree house road river town rain tail boy branch eel fish cow pig ant bee owl hen fox bat rat'.split()]}
 F32, F64 = torch.float32, torch.float64
 LIMIT = {F64: 1e-10, F32: 1e-5}
 CHUNKS = [1, 2, 3, 100]
@@ -94,7 +95,7 @@ def watch_blocks(monkeypatch):
     for name in calls:
         def spied(*args, name=name, run=getattr(towers, name), **kwargs):
             a = inspect.signature(run).bind(*args, **kwargs).arguments
-            calls[name].append((tuple(a['x'].shape), a['x'].requires_grad, a.get('rows') is not None))
+            calls[name].append((tuple(a['x'].shape), a['x'].requires_grad, a.get('rows') is not None or a.get('last', False)))
             return run(*args, **kwargs)
         monkeypatch.setattr(towers, name, spied)
     return calls
@@ -162,7 +163,7 @@ def test_short_text_equals_plain(clips, position, csc, n_ctx, depth, dtype):
     "The grid: features and gradients are those of all 77 positions"
     clip = clips[dtype]
     s, p = place(clip, NAMES, n_ctx, position), loud(n_ctx, clip.text_width, dtype, depth=depth, n_classes=5 if csc else None)
-    assert s.by_length[1] == [n_ctx+3+k for k in (1, 1, 1, 2, 40)] and s.shared == (1+n_ctx if position == 'end' else 0)
+    assert s.lengths == [n_ctx+3+k for k in WORDS] and s.shared == (1+n_ctx if position == 'end' else 0)
     short_equals_plain(clip, s, p, FAST if position == 'end' and not csc else FAST[:2])
 
 
@@ -174,7 +175,7 @@ def test_lists_of_classes(clips, classes, position, dtype):
     clip, names = clips[dtype], LISTS[classes]
     s = place(clip, names, 4, position)
     assert classes != 'one' or s.shared == s.eot[0]
-    many = len(names) > 64
+    many = len(names) > 128
     short_equals_plain(clip, s, loud(4, clip.text_width, dtype, depth=2), [{}, dict(chunk=10, checkpoint=True)] if many else FAST)
     if not many: short_equals_plain(clip, s, loud(4, clip.text_width, dtype, depth=3, n_classes=len(names)), FAST[:2])
 
@@ -193,7 +194,7 @@ def test_slots_behind_the_last_eot_are_kept(clip):
     "A sentence whose slots stand behind its EOT cannot be cut at EOT"
     s = Sentences.of(clip, ['cat', 'guide dog'])
     s = Sentences(s.ids, (s.eot+3)[:, None], s.eot)
-    assert s.shared == 0 and s.by_length[1][-1] == s.slots.max()+1
+    assert s.shared == 0 and max(s.lengths) == s.slots.max()+1
     p = loud(1, clip.text_width, depth=2)
     assert error(TextTower(clip)(s, p), TextTower(clip, plain=True)(s, p)) < 1e-10
 
@@ -271,7 +272,7 @@ def test_class_specific_tokens_reach_their_class_only(clip, plain):
 
 
 def test_how_much_is_computed(clip, monkeypatch):
-    "The prefix once, the rest in chunks cut at their longest; without a shared prefix all at once; the last block for EOT only"
+    "The prefix once, the rest in chunks, no row padded; without a shared prefix all at once; the last block for EOT only"
     calls, d, G = watch_blocks(monkeypatch), clip.text_width, 3
     def run(chunk, s, tokens):
         for seen in calls.values(): seen.clear()
@@ -279,20 +280,21 @@ def test_how_much_is_computed(clip, monkeypatch):
     end, front = place(clip, NAMES, 4), place(clip, NAMES, 4, 'front')
     run(2, end, [noise(4, d).requires_grad_()])
     assert calls['run_block'] == [((1, 5, d), True, False)]*3                   # SOT and 4 slots
-    # behind them: a name, a full stop and EOT. It needs a gradient from block 1 on, through the prefix
-    assert calls['run_after'] == [((c, S, d), l > 0, l == 2) for c, S in ((2, 3), (2, 4), (1, 42)) for l in range(3)]
+    rows = [sum(WORDS[i:i+2]) + 2*len(WORDS[i:i+2]) for i in (0, 2, 4)]         # behind them: a name, a full stop and EOT
+    # It needs a gradient from block 1 on, through the prefix
+    assert calls['run_after'] == [((1, R, d), l > 0, l == 2) for R in rows for l in range(3)]
     run(6, end, [noise(4, d), noise(G, 1, 4, d)])
     assert [x for x, _, _ in calls['run_block']] == [(1, 5, d), (G, 5, d), (G, 5, d)]
-    assert [x for x, _, _ in calls['run_after']] == [(G*c, S, d) for c, S in ((2, 3), (2, 4), (1, 42)) for _ in range(3)]
+    assert [x for x, _, _ in calls['run_after']] == [(G, R, d) for R in rows for _ in range(3)]
     run(None, front, [noise(4, d)])
     assert calls == {'run_block': [((5, 47, d), False, l == 2) for l in range(3)], 'run_after': []}
     run(None, front, [noise(4, d), noise(G, 1, 4, d)])
     assert [x for x, _, _ in calls['run_block']] == [(5, 47, d), (G*5, 47, d), (G*5, 47, d)]
     TextTower(clip)(end, loud(4, d, n_classes=5))
     assert calls['run_block'][-1] == ((5, 47, d), True, True) and not calls['run_after']
-    names = LISTS['two chunks of 64']                                           # the default on a CPU
-    run(None, place(clip, names, 4), [noise(4, d)])
-    assert [x[0] for x, _, _ in calls['run_after']] == [64]*3 + [len(names)-64]*3
+    names = LISTS['two chunks of 128']                                           # the default on a CPU
+    run(None, s := place(clip, names, 4), [noise(4, d)])
+    assert [x[1] for x, _, _ in calls['run_after']] == [sum(l-5 for l in s.lengths[:128])]*3 + [sum(l-5 for l in s.lengths[128:])]*3
 
 
 def kept(clip, f):
