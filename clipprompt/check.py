@@ -66,13 +66,16 @@ class Golden:
         loss = learner.loss(x, y)
         grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()))))
         errors |= self.error('logits_0', learner(x)) | self.error('loss_0', loss.reshape(self.tensors['expect.loss_0'].shape))
+        for term, value in learner.loss_terms(x, y).items(): errors |= self.error(f'loss_term.{term}_0', value)
         for name, (ours, at) in where.items(): errors |= self.error(f'grad.{name}', grads[ours][at])
         opt = torch.optim.SGD(params.values(), o['base_lr'], o['momentum'], o['dampening'], o['weight_decay'], o['nesterov'])
-        losses, trace = [], {name: [] for name in where}
+        losses, terms, trace = [], {}, {name: [] for name in where}
         for step, opt.param_groups[0]['lr'] in enumerate(self.json['lr_per_step']):
+            for term, value in learner.loss_terms(*self.batch(step)).items(): terms.setdefault(term, []).append(value.detach())
             losses.append(learner.training_step(self.batch(step), opt))
             for name, (ours, at) in where.items(): trace[name].append(params[ours][at].detach().clone())
         errors |= self.error('loss_trace', torch.tensor(losses, dtype=torch.float64))
+        for term, values in terms.items(): errors |= self.error(f'loss_trace_{term}', torch.stack(values))
         for name, values in trace.items(): errors |= self.error(f'param_after.{name}', values[-1]) | self.error(f'param_trace.{name}', torch.stack(values))
         with torch.no_grad():
             seen = self.tensors['eval.images'].to(self.dtype)

@@ -74,6 +74,7 @@ def frozen_key(backbone:Backbone) -> dict:
 class Classifier(nn.Module):
     "CLIP as a classifier of named classes; the parameters of a subclass are the trainable ones, CLIP's are not among them"
     learns_text = learns_image = False        # which features depend on what is learned
+    reads_frozen = False                      # may its loss be given the frozen features of its images as well?
 
     def __init__(self,
         backbone:Backbone,     # borrowed: not a submodule, not saved
@@ -112,9 +113,11 @@ class Classifier(nn.Module):
     def forward(self, images:Tensor) -> Tensor: # [B, 3, H, W] -> [B, C]
         return self.logits(self.image_features(images))
 
-    def loss(self, images:Tensor, labels:Tensor) -> Tensor: # labels [B] -> scalar
-        "Cross-entropy"
-        return F.cross_entropy(self(images), labels)
+    def loss_terms(self, images:Tensor, labels:Tensor) -> dict[str, Tensor]: # labels [B] -> scalars
+        "The parts whose sum is the loss"
+        return dict(xe=F.cross_entropy(self(images), labels))
+
+    def loss(self, *batch) -> Tensor: return sum(self.loss_terms(*batch).values())   # scalar
 
 # %% ../nbs/05_learner.ipynb #05-018
 @dataclass(frozen=True)
@@ -128,7 +131,11 @@ class Recipe:
     warmup_epochs:int=1
     warmup_lr:float=1e-5
     views:int|None=None         # augmented views per image, drawn once and used in turn; None draws anew in each epoch, as the papers do
+    select:str='last'           # which epoch's prompts are kept: 'last', or 'best_on_test', as some published numbers were made
     source:str=''               # where the numbers come from
+
+    def __post_init__(self):
+        if self.select not in ('last', 'best_on_test'): raise ValueError(f"unknown select '{self.select}'; use 'last' or 'best_on_test'")
 
 # %% ../nbs/05_learner.ipynb #05-020
 FP16_SCALE = 1024.   # keeps small gradients above fp16's smallest number

@@ -37,7 +37,7 @@ class Method:
 
     def train(self, backbone:Backbone, data:DataSet, seed:int, recipe:Recipe|None=None, checkpoint:str|None=None, progress:bool=False) -> PromptLearner:
         "A learner trained on the data set's training split"
-        seeded = dict(seed=seed) if 'seed' in signature(self.cls).parameters else {}
+        seeded = dict(seed=seed) if any('seed' in signature(c).parameters for c in self.cls.__mro__[:-1]) else {}
         learner = self.cls(backbone, data.classnames, **(self.hparams or {}), **seeded)
         if hasattr(learner, 'choose'): learner = learner.choose(data)
         fit(learner, data, recipe or self.recipe, seed, checkpoint, progress)

@@ -25,7 +25,7 @@ METHODS = {c.__name__: c for m in MODULES for c in vars(m).values()
            if isinstance(c, type) and issubclass(c, PromptLearner) and c is not PromptLearner and c.__module__ == m.__name__}
 VARIANTS = dict(CoOp=[dict(n_ctx=4, position='middle'), dict(n_ctx=3, position='front'), dict(n_ctx=2, csc=True), dict(ctx_init='a photo of a')],
                 CoCoOp=[dict(n_ctx=2, ctx_init=None)], ZeroShot=[dict(templates=['a photo of a {}.', '{}'])], VPT=[dict(depth=1)], IVLP=[dict(n_ctx=5, depth_text=1)],
-                MaPLe=[dict(depth=1, ctx_init=None)])
+                MaPLe=[dict(depth=1, ctx_init=None)], MuDPT=[dict(fusion='linear', n_ctx=5), dict(fusion='text_to_vision', depth=1)], ProVP=[dict(n_visual=3, alpha=.5)], ProVPRef=[dict(n_visual=3, weight=.1)])
 
 
 @pytest.mark.parametrize('name,hparams', [pytest.param(n, h, id=f'{n}-{json.dumps(h)}') for n in METHODS for h in ({}, *VARIANTS.get(n, []))])

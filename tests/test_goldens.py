@@ -14,7 +14,9 @@ from clipprompt.check import Golden
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
 from clipprompt.deep import IVLP, VPT, MaPLe
+from clipprompt.mudpt import MuDPT
 from clipprompt.prompts import place
+from clipprompt.provp import ProVP, ProVPRef, provp_template
 from clipprompt.zeroshot import ZeroShot
 
 FOLDER = Path(os.environ.get('CLIPPROMPT_GOLDENS') or Path(__file__).parent/'goldens')
@@ -29,6 +31,9 @@ WHERE = {   # method in the json -> our class; recorded parameter -> our paramet
     'IVLP (independent prompts)': (IVLP, {'ctx': TEXT['ctx'], 'deep_text': TEXT['deep'], 'visual_ctx': IMAGE['ctx'], 'deep_visual': IMAGE['deep']}),
     'MaPLe': (MaPLe, {'ctx': TEXT['ctx'], 'deep_text': TEXT['deep']} | {f'{p}proj.{w}': (f'proj.{w}', REST if p else 0) for p in ('', 'deep_') for w in ('weight', 'bias')}),
 }
+FUSIONS = {'MuDPT linear fusion': 'linear', 'MuDPT transformer fusion': 'transformer', 'MuDPT text-to-vision only': 'text_to_vision'}
+WHERE |= {m: (MuDPT, WHERE['IVLP (independent prompts)'][1]) for m in FUSIONS}
+WHERE |= {'ProVP': (ProVP, {'visual_prompts': ('visual_ctx.tokens', ...)}), 'ProVP-Ref': (ProVPRef, {'visual_prompts': ('visual_ctx.tokens', ...)})}
 
 
 def method_of(case): return json.loads((FOLDER/f'{case}.json').read_text())['method']
@@ -36,9 +41,15 @@ def method_of(case): return json.loads((FOLDER/f'{case}.json').read_text())['met
 def learner_of(g):
     "The learner of a case, and where its recorded parameters lie; recorded ones without layers (depth 1) are left out"
     cls, where = WHERE[g.json['method']]
-    init = {k.removeprefix('init.') for k in g.tensors if k.startswith('init.')}
+    init, hparams = {k.removeprefix('init.') for k in g.tensors if k.startswith('init.')}, dict(g.json['hparams'])
+    if cls is MuDPT:
+        hparams['fusion'], ours = FUSIONS[g.json['method']], {'t2v_shallow': 'shallow', 't2v_deep': 't2v', 'v2t_deep': 'v2t'}
+        where = where | {k: (f'{ours.get(map_, map_)}.{leaf}', ...) for k in init for map_, _, leaf in [k.partition('.')] if leaf}
+    if issubclass(cls, ProVP):
+        hparams['templates'], weight = provp_template(hparams.pop('dataset')), hparams.pop('lambda')
+        if cls is ProVPRef: hparams['weight'] = weight
     assert init <= set(where), f'recorded parameters that are not tested: {init-set(where)}'
-    learner = cls(g.backbone, g.json['classnames'], **g.json['hparams'])
+    learner = cls(g.backbone, g.json['classnames'], **hparams)
     assert sum(p.numel() for p in learner.parameters()) == g.json['n_trainable']
     return learner, {k: v for k, v in where.items() if k in init}
 

@@ -194,6 +194,18 @@ def test_evaluate_by_hand(few, clip32):
     assert evaluate(learner, without).per_class().isnan().tolist() == [True, False, False, False]
 
 
+def test_randomness_is_left_alone_while_a_batch_is_used(few, clip32):
+    "Also if training stops in between and the rest of the epoch is thrown away at some later time"
+    pictures = few.pictures('train', training.train_transform(clip32))
+    torch.manual_seed(5); state = torch.get_rng_state()
+    batches = training._epoch_batches(pictures, 4, 0, 1)
+    next(batches)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6); state = torch.get_rng_state()
+    del batches
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # ---- interruptions -------------------------------------------------------------------------------------------------
 
 KILLED = '''

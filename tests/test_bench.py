@@ -1,0 +1,73 @@
+"""The speed chapter's measurements: equal results, rows as documented, errors of one line. Seconds themselves are not judged here."""
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+import clipprompt.bench as module
+from clipprompt.backbone import assets
+from clipprompt.bench import CASES, bench, bench_clip, bench_names, peaks, plot_speed, speed_table
+from helpers import refused, works
+
+KEYS = {'case', 'plain_s', 'fast_s', 'ratio', 'plain_mb', 'fast_mb', 'device'}
+NAMED = ['coop-m16-c100', 'coop-m4-c100', 'coop-m16-c1000', 'cocoop-c50', 'ivlp-c50', 'maple-c50', 'vpt-deep', 'eval-cached']
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_both_ways_give_the_same(case):
+    "Features, logits and gradients of each case, and none of them is zero"
+    steps = CASES[case].steps(bench_clip(True, 'cpu'), **CASES[case].sizes)
+    fast, plain = steps['fast'](), steps.get('reference', steps['plain'])()
+    assert len(fast) == len(plain) > 0
+    for a, b in zip(fast, plain):
+        assert b.abs().max() > 1e-6
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5*b.abs().max().item())
+
+
+def test_a_difference_is_seen(monkeypatch):
+    "A fast way that computes something else shows in the row's error"
+    case = CASES['coop-m4-c100']
+    def wrong(clip, **sizes):
+        steps = case.steps(clip, **sizes)
+        return steps | dict(fast=lambda: [t*1.01 for t in steps['fast']()])
+    monkeypatch.setitem(CASES, 'wrong', module.Case(wrong, case.sizes, ''))
+    monkeypatch.setattr(module, 'memory', lambda *_: dict(plain=None, fast=None))
+    rows = bench(['wrong', 'coop-m4-c100'], quick=True, repeats=1, device='cpu', progress=False)
+    assert rows.error[0] == pytest.approx(.01, rel=.05) and rows.error[1] < 1e-5
+    assert list(speed_table(rows).plain_memory) == ['-', '-']
+
+
+def test_the_command_writes_documented_rows(tmp_path):
+    r = works('bench', '--quick', '--cases', 'coop-m16-c1000,vpt-deep', '--repeats', '2', '--device', 'cpu', '--json', tmp_path/'new'/'speed.json')
+    rows = json.loads((tmp_path/'new'/'speed.json').read_text())
+    assert [row['case'] for row in rows] == ['coop-m16-c1000', 'vpt-deep'] and all(row['case'] in r.out for row in rows)
+    for row in rows:
+        assert KEYS <= set(row) and row['plain_s'] > 0 and row['ratio'] == pytest.approx(row['plain_s']/row['fast_s'])
+        assert len(row['plain_times']) == len(row['fast_times']) == 2 and row['error'] < 1e-5
+    assert rows[0]['plain_flop'] > 20*rows[0]['fast_flop'] and rows[0]['ratio'] > 2        # 77,000 rows against some 4,000
+    assert rows[0]['plain_mb'] is None or rows[0]['plain_mb'] > 3*rows[0]['fast_mb']
+
+
+def test_all_cases_of_the_book_exist():
+    assert set(NAMED) <= set(CASES)
+    assert len(set(bench_names(1000))) == 1000 and len(set(bench_names(7))) == 7
+
+
+def test_stored_results_are_whole():
+    "data/results-speed.json has a row for every case; the figure shows them"
+    rows = pd.read_json(assets()/'results-speed.json')
+    assert list(rows.case) == list(CASES) and (rows.error < 1e-4).all() and KEYS <= set(rows)
+    assert len(plot_speed(rows).axes) == 2
+
+
+def test_memory_of_a_killed_process_is_unknown(monkeypatch):
+    monkeypatch.setattr(module.subprocess, 'run', lambda *_, **__: type('Done', (), dict(returncode=-9, stdout='', stderr='')))
+    assert peaks('vpt-deep') == dict(fast=None, plain=None)
+
+
+@pytest.mark.parametrize('args,says', [
+    (['--cases', 'coop-m16'], ["unknown case 'coop-m16'", 'coop-m16-c100']), (['--cases', ','], ['--cases is empty', 'at least one']),
+    (['--quick', '--device', 'gpu'], ["device 'gpu'", 'use cpu']), (['--precision', 'half'], ["precision 'half'", 'bf16']), (['--json', '/proc/no/speed.json', '--quick'], ['cannot write', 'choose a folder']),
+])
+def test_errors_of_one_line(args, says): refused('bench', *args, says=says)
