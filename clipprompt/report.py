@@ -116,10 +116,11 @@ def colour(method:str) -> str:
 def plot(rows:pd.DataFrame) -> plt.Figure:
     "Accuracies of all methods, one panel per task and score: a dot is a seed, a bar the mean"
     scores = [c for c in ('base', 'new', 'accuracy') if rows[c].notna().any()]
-    tasks, methods = list(dict.fromkeys(zip(rows.task, rows.shots))), list(dict.fromkeys(rows.method))[::-1]
+    tasks = {key: list(dict.fromkeys(r.method))[::-1] for key, r in rows.groupby(['task', 'shots'], sort=False)}
+    heights = [len(m)+1 for m in tasks.values()]
     with plt.style.context(assets()/'clipprompt.mplstyle'):
-        fig, axs = plt.subplots(len(tasks), len(scores), figsize=(1.6+3*len(scores), .9+.38*len(methods)*len(tasks)), sharey=True, sharex=True, squeeze=False)
-        for (task, shots), line in zip(tasks, axs):
+        fig, axs = plt.subplots(len(tasks), len(scores), figsize=(1.6+3*len(scores), .6+.36*sum(heights)), sharey='row', sharex=True, squeeze=False, height_ratios=heights)
+        for ((task, shots), methods), line in zip(tasks.items(), axs):
             for score, ax in zip(scores, line):
                 for y, m in enumerate(methods):
                     x = rows[(rows.task == task) & (rows.shots == shots) & (rows.method == m)][score].dropna()
