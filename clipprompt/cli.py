@@ -143,8 +143,10 @@ def train(
 
 def _backbone_of(prompts:Path, pretrained:str|None, precision:str|None, cache:Path|None=None) -> Backbone:
     "The backbone that a prompt file was trained on; `pretrained` says where its weights are now, if they came from a file"
-    name, _, weights = read_prompts(prompts)[0]['backbone'].partition('/')
-    return load_backbone(name, pretrained or weights or None, precision=precision, cache=cache)
+    made_on = read_prompts(prompts)[0]['backbone']
+    name, _, weights = made_on.partition('/')
+    try: return load_backbone(name, pretrained or weights or None, precision=precision, cache=cache)
+    except (ValueError, OSError) as e: raise ValueError(f'{prompts} was trained on {made_on}: {e}') from None
 
 @app.command('evaluate')
 def evaluate_command(

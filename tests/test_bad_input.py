@@ -308,7 +308,7 @@ def test_prompts_of_another_backbone(clip, picto, photos, tmp_path):
     CoOp(clip, NAMES, n_ctx=2).save(tmp_path/'p.safetensors')
     with pytest.raises(ValueError) as e: load_prompts(tmp_path/'p.safetensors', picto)
     one_line(e, 'tiny-0', 'picto-clip', clip.fingerprint, picto.fingerprint, 'load that backbone')
-    refused('predict', tmp_path/'p.safetensors', photos/'disc'/'0.png', says=['tiny-0', 'picto-clip'])
+    refused('predict', tmp_path/'p.safetensors', photos/'disc'/'0.png', says=['p.safetensors was trained on tiny-0', 'unknown backbone'])
 
 
 # ---- class names and prompts ---------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def test_train_then_evaluate(trained, photos):
     assert accuracy(r) == pytest.approx(accuracy(again), abs=.06) and '4 classes' in r.out and method in r.out and method in again.out
     assert method != 'linear-probe' or accuracy(again) == 100
     n = sum(v.numel() for v in read_prompts(path)[1].values())
-    assert path.stat().st_size < 4*n + 5000 < 1_000_000             # prompts, not a copy of CLIP
+    assert path.stat().st_size < 4*n + 10_000 < 4_000_000           # prompts and maps, not a copy of CLIP (6.65 million numbers)
 
 
 def test_predict(trained, photos, picto):
