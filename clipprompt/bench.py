@@ -36,6 +36,7 @@ from .deep import IVLP, VPT, MaPLe
 from .learner import check_writable, write_safely
 from .prompts import Sentences
 from .provp import ProVPRef
+from .report import colour
 from .towers import VisionTower
 from .training import evaluate
 
@@ -285,8 +286,8 @@ def plot_speed(rows:pd.DataFrame) -> plt.Figure:
                 if pd.isna(a) or pd.isna(b): continue
                 ax.plot([a*scale, b*scale], [y, y], color='.8', lw=2, zorder=1)
                 ax.plot(a*scale, y, 'o', mfc='w', mec='.3', ms=6)
-                ax.plot(b*scale, y, 'o', color='C2', ms=6)
-                ax.annotate(f'{a/b:.0f}x' if a/b >= 10 else f'{a/b:.1f}x', ((a*b)**.5*scale, y), (0, 4), textcoords='offset points', ha='center', fontsize=8, color='.3')
+                ax.plot(b*scale, y, 'o', color=colour('coop'), ms=6)
+                ax.annotate(f'{a/b:.0f}x' if a/b >= 9.95 else f'{a/b:.1f}x', ((a*b)**.5*scale, y), (0, 4), textcoords='offset points', ha='center', fontsize=8, color='.3')
             ax.set(xscale='log', ylim=(-.6, len(rows)-.2), xlabel='seconds' if unit == 's' else 'peak memory of a step (GB)'); ax.grid(axis='y', visible=False)
         axs[0].set(yticks=range(len(rows)), yticklabels=rows.case[::-1])
         interactive = plt.isinteractive()
