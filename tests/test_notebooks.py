@@ -8,6 +8,7 @@ import configparser
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,24 @@ sys.exit(not ok)
 '''
 
 
-@pytest.mark.parametrize('nb', NBS, ids=lambda p: p.stem)
-def test_notebook(nb):
+def run(nb):
     cfg = configparser.ConfigParser()
     cfg.read(ROOT/'settings.ini')
     force = os.environ.get('NB_FLAGS', '')
-    r = subprocess.run([sys.executable, '-c', RUN, nb, ROOT, cfg['DEFAULT']['tst_flags'], force],
-                       cwd=ROOT, env={**os.environ, 'MPLBACKEND': 'Agg'}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                       text=True, errors='replace', timeout=None if force else 900)  # a chapter takes three minutes at most
+    return subprocess.run([sys.executable, '-c', RUN, nb, ROOT, cfg['DEFAULT']['tst_flags'], force], cwd=ROOT,
+                          env={**os.environ, 'MPLBACKEND': 'Agg', 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          text=True, errors='replace', timeout=None if force else 900)  # a chapter takes three minutes at most
+
+
+@pytest.fixture(scope='module')
+def running(request):
+    "Two at a time, one thread each: towers as small as these gain little from a second thread"
+    pool = ThreadPoolExecutor(2)
+    yield {nb: pool.submit(run, nb) for nb in NBS if any(i.name == f'test_notebook[{nb.stem}]' for i in request.session.items)}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize('nb', NBS, ids=lambda p: p.stem)
+def test_notebook(nb, running):
+    r = running[nb].result()
     assert r.returncode == 0, f'{nb.name} failed:\n{r.stderr[-8000:]}'
