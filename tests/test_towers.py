@@ -255,7 +255,7 @@ def test_progressive_groups(clip):
 @pytest.mark.parametrize('kind', [Prompts, Progressive])
 @pytest.mark.parametrize('position,csc', [('end', False), ('middle', False), ('front', False), ('end', True)])
 def test_order_of_classes(clip, position, csc, kind):
-    "Names in another order, features in that order; sorting by length does not show"
+    "Names in another order, features in that order; packing and chunks do not show"
     order, p = [3, 0, 4, 2, 1], loud(3, clip.text_width, kind=kind, depth=2, n_classes=5 if csc else None)
     other = copy.deepcopy(p)
     if csc: other.tokens.data = p.tokens.data[:, order]
