@@ -51,17 +51,17 @@ class ProVP(ZeroShot):
     def __init__(self, backbone:Backbone, classnames:list[str],
         n_visual:int=16,                       # tokens per block; the code has 16 in base-to-new, 50 in few-shot
         alpha:float=.01,                       # share of what came out
-        templates:str='a photo of a {}.',      # the fixed sentence
+        templates:str|None=None,               # the fixed sentence; None: "a photo of a {}.", or in training the data set's
         seed:int=0,
     ):
-        super().__init__(backbone, classnames, templates)
+        super().__init__(backbone, classnames, templates or provp_template(''))
         self.hparams = dict(n_visual=n_visual, alpha=alpha, templates=templates, seed=seed)
         self.vision = VisionTower(backbone, after='cls', ln_pre=False)
         self.visual_ctx = Progressive(n_visual, backbone.vision_width, backbone.vision_layers, alpha, seed)   # [J, n, d_v]
 
     def choose(self, data:DataSet) -> 'ProVP':
-        "The same with the data set's sentence"
-        return type(self)(self.backbone, self.classnames, **self.hparams | dict(templates=provp_template(data.name)))
+        "The same with the data set's sentence, if none was given"
+        return self if self.hparams['templates'] else type(self)(self.backbone, self.classnames, **self.hparams | dict(templates=provp_template(data.name)))
 
     def image_features(self, images:Tensor) -> Tensor: # [B, E], unit rows
         return F.normalize(self.vision(images, self.visual_ctx), dim=-1)

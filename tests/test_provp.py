@@ -76,6 +76,8 @@ def test_templates(photos, half):
     photos_of_food = type(photos)(**{**vars(photos), 'name': 'food101'})
     learner = Method(ProVPRef, dict(n_visual=2), Recipe(epochs=1)).train(half, photos_of_food, seed=7)
     assert learner.templates == ['a type of food, a photo of {}.'] and learner.hparams['seed'] == 7     # the seed reaches a mixed class
+    own = Method(ProVPRef, dict(n_visual=2, templates='{} here'), Recipe(epochs=1)).train(half, photos_of_food, seed=7)
+    assert own.templates == ['{} here']                                                                 # a sentence that was given stays
     again = learner.for_classes(photos.classnames)
     assert again.templates == learner.templates and again.hparams == learner.hparams
 
