@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .backbone import Backbone, build_backbone
-from .learner import PromptLearner, Recipe, read_prompts
+from .learner import Classifier, PromptLearner, Recipe, read_prompts
 
 # %% ../nbs/08_check.ipynb #08-005
 class Golden:
@@ -39,8 +39,12 @@ class Golden:
         model.load_state_dict({k[5:]: v.to(dtype) for k, v in T.items() if k.startswith('clip.')} | {'token_embedding.weight': rows})
         self.backbone = Backbone(model, J['case'])
 
-    def batch(self, step:int) -> tuple[Tensor, Tensor]: # [B, 3, H, W], [B]
-        return self.tensors['batch.images'][step].to(self.dtype), self.tensors['batch.labels'][step].long()
+    def batch(self, step:int,
+        learner:Classifier|None=None,  # whose batch it is
+    ) -> tuple[Tensor, ...]: # [B, 3, H, W], [B], and what the learner reads beside them
+        images, T = self.tensors['batch.images'][step].to(self.dtype), self.tensors
+        beside = dict(frozen=lambda: Classifier.image_features(learner, images), domains=lambda: T['batch.domains'][step].long())
+        return images, T['batch.labels'][step].long(), *(beside[k]() for k in (learner.reads if learner else ()))
 
     def error(self, key:str, ours:Tensor) -> dict[str, float]:
         "Error of `expect.<key>`, or of its recorded sample if the tensor is large; nothing if it was not recorded"
@@ -59,28 +63,35 @@ class Golden:
         for name, (ours, at) in where.items(): params[ours].data[at] = self.tensors[f'init.{name}'].to(self.dtype)
         return params
 
-    def replay(self, learner:PromptLearner, where:dict) -> dict[str, float]:
+    def replay(self, learner:PromptLearner, where:dict,
+        inject=lambda learner, step: None,   # puts what was drawn at random in a step into the learner; step None: in evaluation
+    ) -> dict[str, float]:
         "Errors of all that was recorded: first batch, gradients, every step, evaluation after them, other classes"
         params, errors, o = self.start(learner, where), {}, self.json['optimizer']
-        x, y = self.batch(0)
-        loss = learner.loss(x, y)
+        inject(learner, 0)
+        x, *rest = self.batch(0, learner)
+        loss = learner.loss(x, *rest)
         grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()))))
         errors |= self.error('logits_0', learner(x)) | self.error('loss_0', loss.reshape(self.tensors['expect.loss_0'].shape))
-        for term, value in learner.loss_terms(x, y).items(): errors |= self.error(f'loss_term.{term}_0', value)
+        for term, value in learner.loss_terms(x, *rest).items(): errors |= self.error(f'loss_term.{term}_0', value)
         for name, (ours, at) in where.items(): errors |= self.error(f'grad.{name}', grads[ours][at])
         opt = torch.optim.SGD(params.values(), o['base_lr'], o['momentum'], o['dampening'], o['weight_decay'], o['nesterov'])
         losses, terms, trace = [], {}, {name: [] for name in where}
         for step, opt.param_groups[0]['lr'] in enumerate(self.json['lr_per_step']):
-            for term, value in learner.loss_terms(*self.batch(step)).items(): terms.setdefault(term, []).append(value.detach())
-            losses.append(learner.training_step(self.batch(step), opt))
+            inject(learner, step)
+            for term, value in learner.loss_terms(*self.batch(step, learner)).items(): terms.setdefault(term, []).append(value.detach())
+            losses.append(learner.training_step(self.batch(step, learner), opt))
             for name, (ours, at) in where.items(): trace[name].append(params[ours][at].detach().clone())
         errors |= self.error('loss_trace', torch.tensor(losses, dtype=torch.float64))
         for term, values in terms.items(): errors |= self.error(f'loss_trace_{term}', torch.stack(values))
         for name, values in trace.items(): errors |= self.error(f'param_after.{name}', values[-1]) | self.error(f'param_trace.{name}', torch.stack(values))
         with torch.no_grad():
             seen = self.tensors['eval.images'].to(self.dtype)
-            errors |= self.error('eval_logits', learner.eval()(seen))
-            if 'expect.new_class_logits' in self.tensors: errors |= self.error('new_class_logits', learner.for_classes(self.json['new_classnames'])(seen))
+            inject(learner.eval(), None)
+            errors |= self.error('eval_logits', learner(seen))
+            if 'expect.new_class_logits' in self.tensors:
+                inject(other := learner.for_classes(self.json['new_classnames']), None)
+                errors |= self.error('new_class_logits', other(seen))
         return errors
 
 # %% ../nbs/08_check.ipynb #08-013
@@ -153,12 +164,17 @@ class _Trial:
     def logits(self, learner, images=None) -> Tensor:
         with torch.no_grad(): return learner.eval()(self.images if images is None else images)
 
+    def batch(self, learner, images=None) -> tuple[Tensor, ...]:
+        images = self.images if images is None else images
+        beside = dict(frozen=Classifier.image_features(learner, images), domains=torch.arange(8) % 3)
+        return images, self.labels, *(beside[k] for k in learner.reads)
+
     def loss(self, learner) -> Tensor:
-        with _seeded(): return learner.train().loss(self.images, self.labels)
+        with _seeded(): return learner.train().loss(*self.batch(learner))
 
     def train(self, learner, steps:int=3, lr:float=.002) -> list[float]:
         opt = torch.optim.SGD(learner.train().parameters(), lr, momentum=.9, weight_decay=5e-4)
-        with _seeded(): return [learner.training_step((self.images, self.labels), opt) for _ in range(steps)]
+        with _seeded(): return [learner.training_step(self.batch(learner), opt) for _ in range(steps)]
 
 def _values(module) -> dict[str, Tensor]: return {k: v.detach().clone() for k, v in module.state_dict().items()}
 def _differ(a:dict, b:dict) -> list[str]: return [k for k in {**a, **b} if k not in a or k not in b or not torch.equal(a[k], b[k])]
@@ -422,7 +438,7 @@ def _half_precision(t):
     with torch.no_grad(): half = learner(x)
     _must((gap := (half-full).abs().max()/clip.logit_scale) < .05, f'cosines in bf16 are off by {gap:.2g}', 'leave half precision to the towers: they open backbone.autocast() themselves')
     if params := list(learner.parameters()):
-        with _seeded(): loss = learner.train().loss(x, t.labels)
+        with _seeded(): loss = learner.train().loss(*t.batch(learner, x))
         grads = [g for g in torch.autograd.grad(loss, params, allow_unused=True) if g is not None]
         _must(loss.isfinite() and all(g.isfinite().all() for g in grads), 'loss or gradients are not finite in bf16', 'keep sums and logarithms in float32')
         kinds = {str(v.dtype)[6:] for v in (loss, *params, *grads)}

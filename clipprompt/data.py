@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOMAINS', 'TASKS', 'TEMPLATES', 'ENSEMBLE', 'PICTOGRAM_TEMPLATES', 'DataError', 'DataNotFound', 'as_drawn',
-           'edge_map', 'pixelate', 'rotate90', 'Item', 'Pictures', 'DataSet', 'load_dataset', 'train_transform',
+           'edge_map', 'pixelate', 'rotate90', 'Item', 'Pictures', 'DataSet', 'join', 'load_dataset', 'train_transform',
            'test_transform']
 
 # %% ../nbs/04_data.ipynb #04-002
@@ -18,7 +18,9 @@ from typing import Callable
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image, ImageChops, ImageFilter, ImageOps
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms as T
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
@@ -113,7 +115,7 @@ class Item:
     "One picture and what it shows"
     path:str      # a file, or a name inside the archive
     label:int     # place in the list of class names
-    domain:str='' # who or what made it: in Pictograms, the family of icons
+    domain:str='' # who or what made it: in Pictograms the family of icons, in a joined set (below) the set it came from
 
 # %% ../nbs/04_data.ipynb #04-023
 def sample_shots(
@@ -152,9 +154,15 @@ class Pictures(Dataset):
         return self.transform(self.data.read(item)), item.label
 
     @property
+    def domains(self) -> Tensor: # [N]
+        "For each picture the place of its domain among the domains of the data set"
+        place = {d: i for i, d in enumerate(self.data.domains)}
+        return torch.tensor([place[i.domain] for i in self.items])
+
+    @property
     def fingerprint(self) -> str:
         "16 hex digits over pictures, labels, domain and transform: equal digits, equal tensors (if nothing in the transform is random)"
-        return _digest(self.data._marks(self.items), self.data.domain.__name__, repr(self.transform))
+        return _digest(self.data._marks(self.items), self.data._drawn(), repr(self.transform))
 
 # %% ../nbs/04_data.ipynb #04-033
 @dataclass(repr=False)
@@ -166,10 +174,11 @@ class DataSet:
     test:list[Item]
     template:str='a photo of a {}.' # the sentence of zero-shot CLIP
     source:Callable=_Files()        # path -> RGB picture
-    domain:Callable=as_drawn        # what is done to every picture, in training and in test
+    domain:Callable|dict=as_drawn   # what is done to every picture, in training and in test; in a joined set, to those of each domain
     task:str=''                     # which domain or split this is, for tables
     crop_scale:tuple=(0.08, 1.0)    # share of the area that a random training crop keeps
     flip:bool=True                  # may training pictures be mirrored?
+    by_domain:bool=False            # are few shots drawn from each domain apart?
 
     def __post_init__(self):
         n = len(self.classnames)
@@ -184,7 +193,13 @@ class DataSet:
 
     def read(self, item:Item) -> Image.Image:
         "The picture of an item, RGB, in this data set's domain"
-        return self.domain(self.source(item.path))
+        draw = self.domain[item.domain] if isinstance(self.domain, dict) else self.domain
+        return draw(self.source(item.path))
+
+    @property
+    def domains(self) -> list[str]:
+        "The domains of its pictures, sorted"
+        return sorted({i.domain for i in self.train+self.test})
 
     def pictures(self,
         split:str,          # 'train' or 'test'
@@ -203,12 +218,13 @@ class DataSet:
     ) -> 'DataSet':
         "Keep K training pictures per class, chosen as CoOp chooses them"
         if not hasattr(shots, '__index__') or shots < 1: raise DataError(f'shots must be a whole number of at least 1, not {shots!r}')
-        count = Counter(i.label for i in self.train)
-        n, scarce = min((count[label], name) for label, name in enumerate(self.classnames))
+        parts = [[i for i in self.train if i.domain == d] for d in dict.fromkeys(i.domain for i in self.train)] if self.by_domain and self.train else [self.train]
+        counts = [Counter(i.label for i in part) for part in parts]
+        n, scarce = min((count[label], name) for count in counts for label, name in enumerate(self.classnames))
         if n < shots and not allow_fewer:
             cure = f'use at most {n} shots, or allow_fewer=True' if n else 'add some'
-            raise DataError(f"{shots} shots asked for, but class '{scarce}' of '{self.name}' has {n} training pictures; {cure}")
-        return replace(self, train=sample_shots(self.train, int(shots), int(seed)))
+            raise DataError(f"{shots} shots asked for, but class '{scarce}' of '{self.name}' has {n} training pictures{' in one of its domains' if self.by_domain else ''}; {cure}")
+        return replace(self, train=[i for part in parts for i in sample_shots(part, int(shots), int(seed))])
 
     def base(self) -> 'DataSet':
         "The first half of the classes, the odd one included"
@@ -222,12 +238,14 @@ class DataSet:
         if len(labels) < 2: raise DataError(f"base and new need two classes each, but '{self.name}' has {len(self.classnames)} in all")
         return replace(self, classnames=[self.classnames[l] for l in labels], train=relabel(self.train, labels), test=relabel(self.test, labels))
 
-    def _marks(self, items): return [(self.source.mark(i.path), i.label) for i in items]
+    def _drawn(self): return {k: f.__name__ for k, f in self.domain.items()} if isinstance(self.domain, dict) else self.domain.__name__
+
+    def _marks(self, items): return [(self.source.mark(i.path), i.label, *([i.domain] if self.by_domain else [])) for i in items]
 
     @property
     def fingerprint(self) -> str:
         "16 hex digits over names, labels, pictures and domain"
-        return _digest(self.name, self.classnames, self._marks(self.train), self._marks(self.test), self.domain.__name__)
+        return _digest(self.name, self.classnames, self._marks(self.train), self._marks(self.test), self._drawn())
 
 # %% ../nbs/04_data.ipynb #04-037
 TASKS = {'pictograms': [*DOMAINS, 'styles'], 'emoji': [*DOMAINS]}
@@ -251,6 +269,21 @@ def _pictograms(name:str, task:str|None, root:Path) -> DataSet:
         source=_Archive(str(root/'pictograms.zip'), (root/'pictograms.zip').stat().st_mtime_ns), crop_scale=(0.6, 1.0), flip=False)
 
 # %% ../nbs/04_data.ipynb #04-040
+def join(
+    sources:list[DataSet], # to train on, each a domain
+    target:DataSet,        # to test on
+) -> DataSet:
+    "One data set of several domains: trained on all sources, tested on the target. Raises DataError if their classes differ"
+    sets = [*sources, target]
+    if not sources: raise DataError('no domain to train on: give at least one')
+    if odd := [s for s in sets if s.classnames != target.classnames or s.source != target.source]:
+        raise DataError(f"'{odd[0].name}/{odd[0].task}' has other classes or files than '{target.name}/{target.task}'; join domains of one data set")
+    if len({s.task for s in sets}) < len(sets): raise DataError(f"the domains {', '.join(s.task for s in sets)} are not all different; give each once")
+    mark = lambda items, s: [replace(i, domain=s.task) for i in items]
+    return replace(target, train=[i for s in sources for i in mark(s.train, s)], test=mark(target.test, target),
+                   domain={s.task: s.domain for s in sets}, by_domain=True)
+
+# %% ../nbs/04_data.ipynb #04-042
 def _subfolders(folder:Path) -> list[str]:
     return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith('.')) if folder.is_dir() else []
 
@@ -269,7 +302,7 @@ def _cleaned(folder:Path, classes:list[str]) -> list[str]:
             raise DataError(f"the folders {twins} in {folder} give the same class name '{name}'; rename or merge them")
     return names
 
-# %% ../nbs/04_data.ipynb #04-042
+# %% ../nbs/04_data.ipynb #04-044
 def _broken(path:str) -> bool:
     "Does PIL fail to read it?"
     try:
@@ -289,7 +322,7 @@ def _readable(items:list[Item], folder:Path, skip_broken:bool) -> list[Item]:
     warnings.warn(f'{what}; left out', stacklevel=4) # points at the call of load_dataset
     return [i for i in items if i.path not in bad]
 
-# %% ../nbs/04_data.ipynb #04-043
+# %% ../nbs/04_data.ipynb #04-045
 def _last_third(items:list[Item], classnames:list[str]) -> tuple[list[Item], list[Item]]: # train, test
     "Per class, the last third of the file names becomes the test part, at least one"
     train, test = [], []
@@ -307,7 +340,7 @@ def _test_part(folder:Path, train_dir:Path, classes:list[str]) -> list[Item]:
     if items := _listed(folder, classes): return items
     raise DataNotFound(f'the test part {folder} has no images; add some, or remove it and a third of the training pictures will be held back')
 
-# %% ../nbs/04_data.ipynb #04-044
+# %% ../nbs/04_data.ipynb #04-046
 def _from_folder(folder:Path, skip_broken:bool) -> DataSet:
     "`folder/class/*.png`, or `folder/train/class/*.png` beside `folder/test/class/*.png`"
     if not folder.is_dir(): raise DataError(f'{folder} is a file; give the folder that holds one folder of images per class')
@@ -327,7 +360,7 @@ def _from_folder(folder:Path, skip_broken:bool) -> DataSet:
     if not test: raise DataError(f'no image of the test part {test_dir} can be read; repair them, or remove it and a third of the training pictures will be held back')
     return DataSet(folder.name, classnames, train, test, source=_Files(str(folder)))
 
-# %% ../nbs/04_data.ipynb #04-046
+# %% ../nbs/04_data.ipynb #04-048
 def load_dataset(
     name:str|Path='pictograms', # 'pictograms', 'emoji', or the path of a folder of images
     task:str|None=None,         # pictograms: icons, edges, pixels (default), rotated, styles; emoji: icons (default), edges, pixels, rotated
@@ -343,10 +376,10 @@ def load_dataset(
     if root or isinstance(name, Path) or any(c in name for c in '/\\.~'): raise DataNotFound(f'no folder {folder}; check the path')
     raise _unknown('data set', name, [*TASKS, 'or the path of a folder with one folder of images per class'])
 
-# %% ../nbs/04_data.ipynb #04-059
+# %% ../nbs/04_data.ipynb #04-063
 def _to_tensor(backbone) -> list: return [T.ToTensor(), T.Normalize(backbone.mean, backbone.std)]
 
-# %% ../nbs/04_data.ipynb #04-060
+# %% ../nbs/04_data.ipynb #04-064
 def train_transform(
     backbone,                    # gives size, interpolation, mean and std
     crop_scale=(0.08, 1.0),      # share of the picture's area that a crop keeps
@@ -362,7 +395,7 @@ def test_transform(backbone) -> T.Compose:
 
 test_transform.__test__ = False # its name would make pytest take it for a test
 
-# %% ../nbs/04_data.ipynb #04-067
+# %% ../nbs/04_data.ipynb #04-071
 TEMPLATES = dict(
     imagenet='a photo of a {}.', imagenetv2='a photo of a {}.', imagenet_sketch='a photo of a {}.', imagenet_a='a photo of a {}.', imagenet_r='a photo of a {}.',
     caltech101='a photo of a {}.', oxford_pets='a photo of a {}, a type of pet.', stanford_cars='a photo of a {}.', oxford_flowers='a photo of a {}, a type of flower.',

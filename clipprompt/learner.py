@@ -74,7 +74,7 @@ def frozen_key(backbone:Backbone) -> dict:
 class Classifier(nn.Module):
     "CLIP as a classifier of named classes; the parameters of a subclass are the trainable ones, CLIP's are not among them"
     learns_text = learns_image = False        # which features depend on what is learned
-    reads_frozen = False                      # may its loss be given the frozen features of its images as well?
+    reads = ()                                # what its batches bring behind images and labels: 'frozen' (CLIP's features of the same images, [B, E]), 'domains' ([B])
 
     def __init__(self,
         backbone:Backbone,     # borrowed: not a submodule, not saved
@@ -114,10 +114,15 @@ class Classifier(nn.Module):
         return self.logits(self.image_features(images))
 
     def loss_terms(self, images:Tensor, labels:Tensor) -> dict[str, Tensor]: # labels [B] -> scalars
-        "The parts whose sum is the loss"
+        "The parts of the loss, before they are weighted"
         return dict(xe=F.cross_entropy(self(images), labels))
 
-    def loss(self, *batch) -> Tensor: return sum(self.loss_terms(*batch).values())   # scalar
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        "How much each part counts; 1 where nothing is said"
+        return {}
+
+    def loss(self, *batch) -> Tensor: return sum(self.loss_weights.get(k, 1.)*v for k, v in self.loss_terms(*batch).items())   # scalar
 
 # %% ../nbs/05_learner.ipynb #05-018
 @dataclass(frozen=True)

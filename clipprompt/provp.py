@@ -81,7 +81,7 @@ def reformation(f:Tensor, z:Tensor) -> Tensor: # [B, E], [B, E] unit rows -> sca
 
 class Reformed:
     "Put before a learner of image prompts, adds re-formation to its loss"
-    reads_frozen = True
+    reads = 'frozen',
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         weight:float=1., # of re-formation, lambda
@@ -95,7 +95,10 @@ class Reformed:
     ) -> dict[str, Tensor]:
         f = self.image_features(images)
         z = Classifier.image_features(self, images) if frozen is None else frozen                # no gradient
-        return dict(xe=F.cross_entropy(self.logits(f), labels), ref=self.hparams['weight']*reformation(f, z))
+        return dict(xe=F.cross_entropy(self.logits(f), labels), ref=reformation(f, z))
+
+    @property
+    def loss_weights(self) -> dict[str, float]: return dict(ref=self.hparams['weight'])
 
 class ProVPRef(Reformed, ProVP):
     "Progressive visual prompts with contrastive feature re-formation (Xu et al. 2024)"

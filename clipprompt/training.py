@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset
 from tqdm.auto import tqdm
 
 from .data import DataSet, Pictures, test_transform, train_transform
@@ -45,37 +45,41 @@ def _epoch_batches(pictures:Dataset, batch_size:int, seed:int, epoch:int):
 # %% ../nbs/06_training.ipynb #06-013
 class View(Dataset):
     "Pictures, each augmented with random numbers of its own: the same whenever it is asked for"
-    def __init__(self, pictures:Pictures, seed:int, frozen:Tensor|None=None): # [N, E]
-        self.pictures, self.seed, self.frozen, self.fingerprint = pictures, seed, frozen, f'{pictures.fingerprint} one by one from {seed}'
+    def __init__(self, pictures:Pictures, seed:int):
+        self.pictures, self.seed, self.fingerprint = pictures, seed, f'{pictures.fingerprint} one by one from {seed}'
 
     def __len__(self) -> int: return len(self.pictures)
 
-    def __getitem__(self, i:int) -> tuple: # image [3, H, W], label; frozen feature [E] if there are any
+    def __getitem__(self, i:int) -> tuple: # image [3, H, W], label
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1_000_003*self.seed + i)
-            item = self.pictures[i]
-        return item if self.frozen is None else (*item, self.frozen[i])
+            return self.pictures[i]
 
-def _view(learner:PromptLearner, pictures:Pictures, seed:int) -> Dataset:
-    "A fixed view: features where the image side is frozen, else the pictures themselves"
-    if not learner.learns_image: return TensorDataset(*(t.cpu() for t in encode(learner, pictures, seed=seed)))
+def _view(learner:PromptLearner, pictures:Pictures, seed:int) -> tuple[Dataset, dict[str, Tensor]]:
+    "A fixed view: features where the image side is frozen, else the pictures themselves; and what is read beside them"
+    if not learner.learns_image: return TensorDataset(*(t.cpu() for t in encode(learner, pictures, seed=seed))), {}
     view = View(pictures, seed)
-    if learner.reads_frozen: view.frozen = encode(Classifier(learner.backbone, learner.classnames), view)[0].cpu()
-    return view
+    return view, dict(frozen=encode(Classifier(learner.backbone, learner.classnames), view)[0].cpu()) if 'frozen' in learner.reads else {}
 
+# %% ../nbs/06_training.ipynb #06-014
 def _epochs(learner:PromptLearner, data:DataSet, recipe:Recipe, seed:int, first:int):
     "(epoch, its batches) from epoch `first` on"
-    pictures = data.pictures('train', train_transform(learner.backbone, data.crop_scale, data.flip))
-    kept = {}
+    pictures, kept = data.pictures('train', train_transform(learner.backbone, data.crop_scale, data.flip)), {}
+    beside = dict(domains=pictures.domains) if 'domains' in learner.reads else {}
     for epoch in range(first, recipe.epochs+1):
-        seen = pictures
-        if recipe.views:
-            v = (epoch-1) % recipe.views
-            if v not in kept: kept[v] = _view(learner, pictures, 1_000_003*seed + v)
-            seen = kept[v]
-        yield epoch, _epoch_batches(seen, recipe.batch_size, seed, epoch)
+        v = (epoch-1) % (recipe.views or 1)
+        if v not in kept: kept[v] = _view(learner, pictures, 1_000_003*seed + v) if recipe.views else (pictures, {})
+        seen, extra = kept[v][0], kept[v][1] | beside
+        batches = _epoch_batches(StackDataset(seen, *extra.values()), recipe.batch_size, seed, epoch)
+        yield epoch, (_batch(learner, *both, dict(zip(extra, more))) for both, *more in batches)
 
-# %% ../nbs/06_training.ipynb #06-015
+def _batch(learner:PromptLearner, images:Tensor, labels:Tensor, extra:dict[str, Tensor]) -> tuple[Tensor, ...]:
+    "Images, labels and what the learner reads beside them, on its device"
+    images = images.to(device := learner.backbone.device)
+    if 'frozen' in learner.reads and 'frozen' not in extra: extra['frozen'] = Classifier.image_features(learner, images)
+    return images, labels.to(device), *(extra[k].to(device) for k in learner.reads)
+
+# %% ../nbs/06_training.ipynb #06-016
 @dataclass
 class Fit:
     "What happened in training"
@@ -116,11 +120,7 @@ def fit(
         epochs = _epochs(learner, data, recipe, seed, first=len(losses)+1)
         for epoch, batches in (bar := tqdm(epochs, learner.method, recipe.epochs, initial=len(losses), unit='epoch', disable=not progress, leave=False)):
             for group in optimizer.param_groups: group['lr'] = lr_at(recipe, epoch)
-            steps = []
-            for batch in batches:
-                try: steps.append(learner.training_step(tuple(t.to(device) for t in batch), optimizer))
-                except FloatingPointError as e: raise FloatingPointError(f'epoch {epoch}, step {len(steps)+1}: {e}') from None
-            losses.append(sum(steps)/len(steps))
+            losses.append(_train(learner, batches, optimizer, epoch, 1_000_003*seed + 500_000 + epoch))
             bar.set_postfix(loss=f'{losses[-1]:.3f}')
             if recipe.select == 'best_on_test':
                 tested.append(evaluate(learner, data).accuracy)
@@ -131,7 +131,18 @@ def fit(
     learner.eval()
     return Fit(recipe, seed, losses, perf_counter()-start, learner.backbone.precision or str(learner.backbone.dtype)[6:], tested)
 
-# %% ../nbs/06_training.ipynb #06-017
+# %% ../nbs/06_training.ipynb #06-018
+def _train(learner:PromptLearner, batches, optimizer, epoch:int, seed:int) -> float:
+    "Mean loss of an epoch"
+    losses = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for batch in batches:
+            try: losses.append(learner.training_step(batch, optimizer))
+            except FloatingPointError as e: raise FloatingPointError(f'epoch {epoch}, step {len(losses)+1}: {e}') from None
+    return sum(losses)/len(losses)
+
+# %% ../nbs/06_training.ipynb #06-020
 def _checkpoint(path, learner, optimizer, run, losses, tested, best):
     state = {f'param.{n}': p.detach().contiguous() for n, p in learner.named_parameters()} | {f'best.{n}': p for n, p in best.items()}
     state |= {f'momentum.{n}': b for n, p in learner.named_parameters() if (b := optimizer.state[p].get('momentum_buffer')) is not None}
@@ -152,7 +163,7 @@ def _resume(path, learner, optimizer, run) -> tuple[list[float], list[float], di
             if f'momentum.{n}' in state: optimizer.state[p]['momentum_buffer'] = state[f'momentum.{n}'].to(p)
     return json.loads(meta['losses']), json.loads(meta.get('tested', '[]')), {k[5:]: v.to(learner.backbone.device) for k, v in state.items() if k.startswith('best.')}
 
-# %% ../nbs/06_training.ipynb #06-019
+# %% ../nbs/06_training.ipynb #06-022
 @dataclass
 class Evaluation:
     "Scores of a test set"
