@@ -73,15 +73,22 @@ Weights = Annotated[str|None, typer.Option('--pretrained', help="weights of an o
 Half = Annotated[str|None, typer.Option('--precision', help='bf16 or fp16: the frozen towers compute in half precision')]
 Cache = Annotated[Path|None, typer.Option('--cache', help='folder that keeps frozen features between runs')]
 
+def _budgets(names:list[str], epochs:int|None) -> str:
+    "Which methods share which budget"
+    told = {}
+    for m in names:
+        if r := METHODS[m].recipe: told.setdefault(f"{epochs or r.epochs} epochs, batches of {r.batch_size}{f', {r.views} fixed views' if r.views else ''}", []).append(m)
+    return '; '.join(f"{', '.join(ms)}: {b}" for b, ms in told.items())
+
 @app.command('compare')
 def compare_command(
     methods:Annotated[str, typer.Option(help=f'comma-separated; known: {", ".join(METHODS)}')]=','.join(METHODS),
     seeds:Annotated[str, typer.Option(help='one run per seed; the papers take 1,2,3')]='1',
-    shots:Annotated[str, typer.Option(help='training images per class; several make a curve')]='16',
+    shots:Annotated[str|None, typer.Option(help="training images per class; several make a curve; 16 where not given, 4 per source in protocol domain")]=None,
     protocol_name:Annotated[str, typer.Option('--protocol', help=' or '.join(PROTOCOLS))]='base-to-new',
     task:Annotated[str, typer.Option(help=f"{'|'.join(TASKS)}|styles|all, or a folder of images")]='pixels',
     epochs:Annotated[int|None, typer.Option(min=1, help="instead of each method's own number")]=None,
-    out_dir:Annotated[Path, typer.Option('--out', help='folder for results.csv and compare.png')]=Path('clipprompt-results'),
+    out_dir:Annotated[Path, typer.Option('--out', help='folder for results.csv and compare.png; what is finished there is not run again')]=Path('clipprompt-results'),
     skip_broken:Annotated[bool, typer.Option('--skip-broken', help='leave unreadable images out instead of stopping')]=False,
     quick:Annotated[bool, typer.Option(help='one seed, 2 shots, 2 epochs: does everything run?')]=False,
     select:Annotated[str, typer.Option(help="which epoch counts: last, or best_on_test (recorded as such)")]='last',
@@ -94,11 +101,10 @@ def compare_command(
     protocol(protocol_name)
     if quick: seeds, shots, epochs = '1', '2', 2
     names, tasks = _list(methods, what='methods'), TASKS if task == 'all' else _list(task, what='task')
-    seeds_, shots_ = _list(seeds, int, 'seeds'), _list(shots, int, 'shots')
+    seeds_, shots_ = _list(seeds, int, 'seeds'), None if shots is None else _list(shots, int, 'shots')
     for m in names: find_method(m)
     backbone = load_backbone(model, pretrained, precision=precision, cache=cache or out_dir/'features')
-    trained = ', '.join(f'{m} {epochs or METHODS[m].recipe.epochs} epochs' for m in names if METHODS[m].recipe)
-    err.print(f'{backbone.name} on {backbone.device}, {protocol_name}, {shots} shots, seeds {seeds}' + (f'; {trained}' if trained else ''))
+    err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, {shots or 'default'} shots, seeds {seeds}; budget: " + (_budgets(names, epochs) or 'nothing to train'))
     rows = compare(names, seeds_, shots_, protocol_name, tasks, backbone, epochs, select, out_dir, skip_broken=skip_broken)
     _show(table(rows))
     plot(rows).savefig(out_dir/'compare.png')

@@ -65,6 +65,10 @@ class Sentences:
         ids = backbone.tokenize(texts)
         return cls(ids, ids.new_zeros(len(ids), 0), ids.argmax(-1))
 
+    def only(self, rows:Tensor) -> 'Sentences':
+        "Some of the sentences, in the order of `rows`"
+        return Sentences(self.ids[rows], self.slots[rows], self.eot[rows])
+
     @cached_property
     def shared(self) -> int:
         "How many first positions all sentences have in common, their slots included; 0 if a slot lies outside"

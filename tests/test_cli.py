@@ -19,7 +19,7 @@ from clipprompt.data import load_dataset, test_transform
 from clipprompt.learner import read_prompts
 from clipprompt.protocols import harmonic_mean, summary
 from clipprompt.report import METHODS, load_prompts
-from helpers import clipprompt, shapes, works
+from helpers import clipprompt, refused, shapes, works
 
 COLUMNS = 'method protocol task shots seed base new h seconds trainable'.split()
 COMMANDS = ['compare', 'train', 'evaluate', 'predict', 'info']
@@ -143,6 +143,50 @@ def test_interrupt_keeps_finished_rows(photos, tmp_path, monkeypatch, when):
     r = clipprompt('compare', '--task', photos, '--methods', 'zero-shot,linear-probe', '--protocol', 'few-shot', '--shots', '2', '--out', tmp_path)
     assert r.code == 130 and len(r.said) == 1 and 'stopped' in r.said[0], r
     assert results(tmp_path).method.tolist() == ['zero-shot'] and [p.name for p in tmp_path.iterdir() if p.is_file()] == ['results.csv']
+    monkeypatch.undo()
+    ran = []
+    monkeypatch.setitem(protocols.PROTOCOLS, 'few-shot', lambda m, *args, **kwargs: ran.append(m.name) or run(m, *args, **kwargs))
+    works('compare', '--task', photos, '--methods', 'zero-shot,linear-probe', '--protocol', 'few-shot', '--shots', '2', '--out', tmp_path)
+    assert ran == ['linear-probe'] and results(tmp_path).method.tolist() == ['zero-shot', 'linear-probe']     # what was finished is not run again
+
+
+def test_only_what_is_missing_runs(photos, tmp_path, monkeypatch):
+    "Another seed, another picture, another budget is another run; rows of other comparisons stay in the file, out of the table"
+    ran, run = [], protocols.PROTOCOLS['few-shot']
+    monkeypatch.setitem(protocols.PROTOCOLS, 'few-shot', lambda m, b, d, k, seed, *args, **kwargs: ran.append((m.name, seed)) or run(m, b, d, k, seed, *args, **kwargs))
+    own = shapes(tmp_path/'own')
+    def again(*args): ran.clear(); return works('compare', '--task', own, '--methods', 'zero-shot,coop', '--protocol', 'few-shot', '--shots', '2', '--epochs', '2', '--out', tmp_path/'out', *args)
+    first = again()
+    assert ran == [('zero-shot', 1), ('coop', 1)]
+    assert again().out == first.out and not ran
+    again('--seeds', '1,2')
+    assert ran == [('zero-shot', 2), ('coop', 2)]
+    again('--epochs', '3')
+    assert ran == [('coop', 1)]
+    r = again('--methods', 'linear-probe')
+    assert ran == [('linear-probe', 1)] and 'coop' not in r.out and len(results(tmp_path/'out')) == 6
+    next((own/'ring').iterdir()).unlink()
+    again('--methods', 'zero-shot')
+    assert ran == [('zero-shot', 1)]
+
+
+@pytest.mark.parametrize('text', ['', 'method,seed\ncoop,1\n', '\0\0,"'])
+def test_a_strange_results_file_is_not_overwritten(photos, tmp_path, text):
+    (tmp_path/'results.csv').write_text(text)
+    refused('compare', '--task', photos, '--methods', 'zero-shot', '--shots', '1', '--out', tmp_path, says=['results.csv', 'remove it or choose another folder'])
+    assert (tmp_path/'results.csv').read_text() == text
+
+
+def test_transfer_and_unseen_domains(tmp_path, monkeypatch):
+    "Zero-shot on the second data set, and on each domain left out; the shots of a left-out domain come from the other three"
+    works('compare', '--methods', 'zero-shot', '--protocol', 'cross', '--task', 'icons', '--shots', '1', '--out', tmp_path)
+    works('compare', '--methods', 'zero-shot', '--protocol', 'domain', '--task', 'icons,edges', '--out', tmp_path)
+    rows = results(tmp_path)
+    assert rows.protocol.tolist() == ['cross', 'domain', 'domain'] and rows.shots.tolist() == [1, 4, 4] and rows.task.tolist() == ['icons', 'icons', 'edges']
+    in_percent(rows.accuracy[:1], len(load_dataset('emoji').test)), in_percent(rows.source[:1], len(load_dataset().test))
+    assert rows.source[0] == rows.accuracy[1] and rows.source[1:].isna().all()
+    for args, says in ((('--protocol', 'domain', '--task', 'styles'), ["not 'styles'"]), (('--protocol', 'cross', '--task', 'emoji'), ['no second data set'])):
+        refused('compare', '--methods', 'zero-shot', *args, '--out', tmp_path, says=says)
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals')

@@ -14,6 +14,8 @@ from clipprompt.check import Golden
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
 from clipprompt.deep import IVLP, VPT, MaPLe
+from clipprompt.learner import Classifier
+from clipprompt.metaprompt import MetaPrompt
 from clipprompt.mudpt import MuDPT
 from clipprompt.prompts import place
 from clipprompt.provp import ProVP, ProVPRef, provp_template
@@ -35,6 +37,19 @@ FUSIONS = {'MuDPT linear fusion': 'linear', 'MuDPT transformer fusion': 'transfo
 WHERE |= {m: (MuDPT, WHERE['IVLP (independent prompts)'][1]) for m in FUSIONS}
 WHERE |= {'ProVP': (ProVP, {'visual_prompts': ('visual_ctx.tokens', ...)}), 'ProVP-Ref': (ProVPRef, {'visual_prompts': ('visual_ctx.tokens', ...)})}
 
+WHERE |= {f'MetaPrompt {setting}': (MetaPrompt, {'ctx_text': ('ctx.tokens', ...), 'ctx_visual': ('visual_ctx.tokens', ...)}) for setting in ('base-to-new', 'domain generalisation')}
+MODES = ('restore', 'clean')   # of MetaPrompt, recorded beside the reference's own
+
+class Literal(MetaPrompt):
+    "The reference leaves underscores in the frozen sentences"
+    def __init__(self, backbone, classnames, **hparams):
+        super().__init__(backbone, classnames, **hparams)
+        self.given = list(classnames)
+
+    def classifier(self):
+        t = self.frozen_text([t.replace('{}', c) for t in self.templates for c in self.given])
+        return torch.nn.functional.normalize(t.view(len(self.templates), len(self.given), -1).sum(0), dim=-1)
+
 
 def method_of(case): return json.loads((FOLDER/f'{case}.json').read_text())['method']
 
@@ -48,6 +63,9 @@ def learner_of(g):
     if issubclass(cls, ProVP):
         hparams['templates'], weight = provp_template(hparams.pop('dataset')), hparams.pop('lambda')
         if cls is ProVPRef: hparams['weight'] = weight
+    if cls is MetaPrompt:
+        cls, drop = Literal, hparams.pop('dataset')
+        hparams['split'] = 'class' if 'base-to-new' in g.json['method'] else 'domain'
     assert init <= set(where), f'recorded parameters that are not tested: {init-set(where)}'
     learner = cls(g.backbone, g.json['classnames'], **hparams)
     assert sum(p.numel() for p in learner.parameters()) == g.json['n_trainable']
@@ -57,8 +75,33 @@ def all_within(g, errors, dtype):
     tolerance = g.json['tolerances'][str(dtype).removeprefix('torch.')]
     kinds = {'grad': 'grad', 'grad_sample': 'grad', 'param_after': 'param', 'param_after_sample': 'param', 'param_trace': 'param', 'loss_0': 'loss', 'loss_trace': 'loss'}
     for k, e in errors.items():
-        limit = tolerance[kinds.get(k.split('.')[0], 'logits')]
+        limit = tolerance[kinds.get(k.removeprefix('restore.').removeprefix('clean.').split('.')[0], 'logits')]
         assert e <= limit, f'{k}: error {e:.1e} > {limit:.1e}'
+
+
+def injected(g):
+    "What the reference drew at random, to be put into a learner before each step"
+    def inject(learner, step):
+        if 'class_groups' in g.json and step is not None: learner.groups = [torch.tensor(group) for group in g.json['class_groups'][step]]
+    return inject
+
+def besides(g, learner, where, inject):
+    "Errors of what only some methods recorded"
+    errors = {}
+    if isinstance(learner, MetaPrompt):
+        x = g.batch(0)[0]
+        g.start(learner, where)
+        with torch.no_grad():
+            s = g.backbone.logit_scale
+            errors |= g.error('logits_image_0', s*learner.prompted_image(x) @ learner.classifier().T) | g.error('logits_text_0', s*Classifier.image_features(learner, x) @ learner.prompted_text().T)
+        for mode in MODES:
+            other = Literal(g.backbone, g.json['classnames'], **learner.hparams | dict(mode=mode))
+            other.text = learner.text
+            theirs = {k.replace(f'expect.{mode}.', 'expect.'): v for k, v in g.tensors.items() if k.startswith((f'expect.{mode}.', 'batch.', 'eval.', 'init.'))}
+            part = Golden.__new__(Golden)
+            vars(part).update(vars(g) | dict(tensors=theirs | {'expect.loss_0': g.tensors['expect.loss_0']}))
+            errors |= {f'{mode}.{k}': e for k, e in part.replay(other, where, inject).items() if k != 'loss_0'}
+    return errors
 
 
 @pytest.mark.parametrize('path', ['fast', 'plain', 'checkpoint'])
@@ -71,7 +114,9 @@ def test_golden(case, dtype, path):
     if 'tokens.prompt_ids' in g.tensors:  # the placeholder strings, tokenised as the reference did
         ours = learner.sentences if g.json['hparams'].get('position', 'end') == 'end' else place(g.backbone, g.json['classnames'], learner.sentences.slots.shape[1])
         assert torch.equal(ours.ids, g.tensors['tokens.prompt_ids'].long())
-    errors = g.replay(learner, where)
+    inject = injected(g)
+    errors = g.replay(learner, where, inject)
+    errors |= besides(g, learner, where, inject)
     all_within(g, errors, dtype)
     left = {k.removeprefix('expect.') for k in g.tensors if k.startswith('expect.')} - set(errors)
     assert not left, f'recorded values that no test looked at: {sorted(left)}'
