@@ -171,14 +171,18 @@ class Evaluation:
     labels:Tensor   # [N]
 
     @property
+    def hits(self) -> Tensor: # [N] bool
+        "Which images are right"
+        return self.logits.argmax(-1) == self.labels
+
+    @property
     def accuracy(self) -> float:
         "Top-1, in percent"
-        return 100*(self.logits.argmax(-1) == self.labels).double().mean().item()
+        return 100*self.hits.double().mean().item()
 
     def per_class(self) -> Tensor: # [C]
         "Top-1 for each class, in percent; NaN for a class without images"
-        hit = (self.logits.argmax(-1) == self.labels).double()
-        return torch.stack([100*hit[self.labels == c].mean() for c in range(self.logits.shape[1])])
+        return torch.stack([100*self.hits.double()[self.labels == c].mean() for c in range(self.logits.shape[1])])
 
 @torch.no_grad()
 def encode(
