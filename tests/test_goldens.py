@@ -17,6 +17,7 @@ from clipprompt.deep import IVLP, VPT, MaPLe
 from clipprompt.mudpt import MuDPT
 from clipprompt.prompts import place
 from clipprompt.provp import ProVP, ProVPRef, provp_template
+from clipprompt.variational import Variational, VariationalCoCoOp, VariationalCoOp
 from clipprompt.zeroshot import ZeroShot
 
 FOLDER = Path(os.environ.get('CLIPPROMPT_GOLDENS') or Path(__file__).parent/'goldens')
@@ -34,6 +35,8 @@ WHERE = {   # method in the json -> our class; recorded parameter -> our paramet
 FUSIONS = {'MuDPT linear fusion': 'linear', 'MuDPT transformer fusion': 'transformer', 'MuDPT text-to-vision only': 'text_to_vision'}
 WHERE |= {m: (MuDPT, WHERE['IVLP (independent prompts)'][1]) for m in FUSIONS}
 WHERE |= {'ProVP': (ProVP, {'visual_prompts': ('visual_ctx.tokens', ...)}), 'ProVP-Ref': (ProVPRef, {'visual_prompts': ('visual_ctx.tokens', ...)})}
+WHERE['variational CoOp (unconditional)'] = VariationalCoOp, {'ctx': TEXT['ctx']} | {n: (n, ...) for n in ('posterior.mu', 'posterior.logvar')}
+WHERE['variational CoCoOp (conditional)'] = VariationalCoCoOp, {'ctx': TEXT['ctx']} | {n: (n, ...) for p in ('mu', 'logvar') for i in (0, 2, 4) for w in ('weight', 'bias') for n in [f'posterior.{p}.{i}.{w}']}
 
 
 def method_of(case): return json.loads((FOLDER/f'{case}.json').read_text())['method']
@@ -48,10 +51,26 @@ def learner_of(g):
     if issubclass(cls, ProVP):
         hparams['templates'], weight = provp_template(hparams.pop('dataset')), hparams.pop('lambda')
         if cls is ProVPRef: hparams['weight'] = weight
+    if issubclass(cls, Variational): hparams['samples'] = hparams.pop('L')
     assert init <= set(where), f'recorded parameters that are not tested: {init-set(where)}'
     learner = cls(g.backbone, g.json['classnames'], **hparams)
     assert sum(p.numel() for p in learner.parameters()) == g.json['n_trainable']
     return learner, {k: v for k, v in where.items() if k in init}
+
+def inject_of(g):
+    "Puts the noise of a step, or of evaluation (step None: a draw for each image), into a variational learner"
+    def inject(learner, step):
+        if isinstance(learner, Variational): learner.eps = g.tensors['eval.eps'][:, :, 0].transpose(0, 1) if step is None else g.tensors['batch.eps'][step]   # [L, E or 1, d]
+    return inject
+
+@torch.no_grad()
+def posterior_errors(g, learner, where):
+    "Of what a variational case records besides: the posterior and the logits of each sample, at the start"
+    g.start(learner, where)
+    inject_of(g)(learner, 0)
+    z = learner.image_features(g.batch(0)[0])
+    mu, logvar = learner.posterior(z)
+    return g.error('mu_0', mu) | g.error('logvar_0', logvar) | g.error('sample_logits_0', learner.sample_logits(z))
 
 def all_within(g, errors, dtype):
     tolerance = g.json['tolerances'][str(dtype).removeprefix('torch.')]
@@ -71,7 +90,7 @@ def test_golden(case, dtype, path):
     if 'tokens.prompt_ids' in g.tensors:  # the placeholder strings, tokenised as the reference did
         ours = learner.sentences if g.json['hparams'].get('position', 'end') == 'end' else place(g.backbone, g.json['classnames'], learner.sentences.slots.shape[1])
         assert torch.equal(ours.ids, g.tensors['tokens.prompt_ids'].long())
-    errors = g.replay(learner, where)
+    errors = (posterior_errors(g, learner, where) if isinstance(learner, Variational) else {}) | g.replay(learner, where, inject_of(g))
     all_within(g, errors, dtype)
     left = {k.removeprefix('expect.') for k in g.tensors if k.startswith('expect.')} - set(errors)
     assert not left, f'recorded values that no test looked at: {sorted(left)}'
