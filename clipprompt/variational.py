@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'REDUCTIONS', 'GROUPS', 'PUBLISHED', 'GlobalPosterior', 'ImagePosterior', 'log_mean', 'kl',
-           'Variational', 'VariationalCoOp', 'VariationalCoCoOp']
+           'Variational', 'VariationalCoOp', 'VariationalCoCoOp', 'VariationalIVLP', 'ece', 'reliability', 'entropy',
+           'novelty']
 
 # %% ../nbs/18_variational.ipynb #18-003
 import math
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
 from .backbone import Backbone, nearest
 from .coop import CoOp
@@ -74,8 +75,8 @@ class Variational:
     ):
         super().__init__(backbone, classnames, **hparams)
         self.hparams |= dict(samples=samples, kl_weight=kl_weight, kl_reduction=kl_reduction, estimator=estimator, mean_only=mean_only)
-        for given, allowed in ((estimator, ESTIMATORS), (kl_reduction, REDUCTIONS)):
-            if given not in allowed: raise ValueError(f"unknown option '{given}'; {nearest(given, allowed)}")
+        for name, allowed in (('estimator', ESTIMATORS), ('kl_reduction', REDUCTIONS)):
+            if (given := self.hparams[name]) not in allowed: raise ValueError(f"unknown {name} '{given}'; {nearest(given, allowed)}")
         if samples < 1: raise ValueError(f'samples is the number of draws, at least 1, not {samples}')
         if self.hparams.get('csc'): raise ValueError('a distribution over class-specific context is not implemented; use csc=False')
         self.posterior = (ImagePosterior if self.conditional else GlobalPosterior)(backbone, self.hparams['seed'])
@@ -154,3 +155,28 @@ class VariationalCoOp(Variational, CoOp):
 class VariationalCoCoOp(VariationalCoOp):
     "CoCoOp's idea with a Gaussian for each image (Derakhshani et al. 2023, conditional)"
     method, conditional = 'variational-cocoop', True
+
+# %% ../nbs/18_variational.ipynb #18-008
+class VariationalIVLP(Variational, IVLP): method = 'variational-ivlp'
+
+# %% ../nbs/18_variational.ipynb #18-009
+def ece(scores:Evaluation, bins:int=15) -> float: # percent
+    "Expected calibration error: the mean gap between confidence and accuracy over bins of confidence"
+    from torchmetrics.functional.classification import multiclass_calibration_error   # here, because the import takes half a second
+    return 100*multiclass_calibration_error(scores.logits.softmax(-1), scores.labels, scores.logits.shape[1], n_bins=bins).item()
+
+def reliability(scores:Evaluation, bins:int=15) -> pd.DataFrame: # one row per bin that has images
+    "Mean confidence and accuracy in percent, and the number of images, in bins of confidence"
+    confidence, answer = scores.logits.softmax(-1).max(-1)
+    rows = pd.DataFrame(dict(confidence=100*confidence, accuracy=100.*(answer == scores.labels), bin=(confidence*bins).ceil()))
+    return rows.groupby('bin').agg(confidence=('confidence', 'mean'), accuracy=('accuracy', 'mean'), images=('bin', 'size')).reset_index(drop=True)
+
+def entropy(logits:Tensor) -> Tensor: # [N, C] -> [N], nats
+    "Of the predicted distribution"
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
+
+def novelty(known:Evaluation, unknown:Evaluation) -> float: # percent
+    "AUROC of the entropy: how often an image of an unknown class gets a higher one than an image of a known class"
+    from torchmetrics.functional.classification import binary_auroc
+    e = [entropy(s.logits) for s in (known, unknown)]
+    return 100*binary_auroc(torch.cat(e), torch.cat([torch.full_like(x, i).long() for i, x in enumerate(e)])).item()
