@@ -11,10 +11,12 @@ from clipprompt.deep import IVLP
 from clipprompt.learner import Recipe
 from clipprompt.mudpt import MuDPT
 from clipprompt.training import Evaluation, evaluate, fit
-from clipprompt.variational import Variational, VariationalCoCoOp, VariationalCoOp, VariationalIVLP, ece, entropy, kl, log_mean, novelty, reliability
+from clipprompt.variational import Variational, VariationalCoCoOp, VariationalCoOp, ece, entropy, kl, log_mean, novelty, reliability
 from helpers import one_line, shapes, tiny_clip
 
 NAMES = ['polar bear', 'key', 'cart']
+
+class VariationalIVLP(Variational, IVLP): method = 'variational-ivlp'
 
 class VariationalMuDPT(Variational, MuDPT):
     method = 'variational-mudpt'
