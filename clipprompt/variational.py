@@ -126,7 +126,7 @@ class Variational(Noise):
 
     def loss_terms(self, images:Tensor, labels:Tensor) -> dict[str, Tensor]:
         z = self.image_features(images)
-        logp = self.sample_logits(z).log_softmax(-1)[:, torch.arange(len(labels)), labels]         # [L, B]
+        logp = self.sample_logits(z).log_softmax(-1)[:, torch.arange(len(labels), device=labels.device), labels]   # [L, B]
         k = kl(*self.posterior(z))                                                                 # [b, d_t]
         task = log_mean(logp) if self.hparams['estimator'] == 'log_mean_prob' else logp.mean(0)
         return dict(task=-task.mean(), kl=(k.mean(-1) if self.hparams['kl_reduction'] == 'mean' else k.sum(-1)).mean())
