@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'CASES', 'bench_names', 'coop_steps', 'PlainVision', 'learner_steps', 'vpt_steps', 'provp_steps',
-           'eval_steps', 'Case', 'bench_clip', 'peaks', 'memory', 'run_case', 'find_case', 'bench', 'speed_table',
-           'plot_speed']
+           'variational_steps', 'eval_steps', 'Case', 'bench_clip', 'peaks', 'memory', 'run_case', 'find_case', 'bench',
+           'speed_table', 'plot_speed']
 
 # %% ../nbs/21_bench.ipynb #21-003
 import ctypes, gc, json, subprocess, sys, tempfile
@@ -39,6 +39,7 @@ from .provp import ProVPRef
 from .report import colour
 from .towers import VisionTower
 from .training import evaluate
+from .variational import VariationalCoCoOp
 
 # %% ../nbs/21_bench.ipynb #21-005
 def bench_names(n:int) -> list[str]: # at most 1000
@@ -130,6 +131,20 @@ def provp_steps(clip:Backbone, batch:int=4) -> dict[str, Callable]:
     return dict(plain=both, fast=partial(step, False), reference=partial(step, True))
 
 # %% ../nbs/21_bench.ipynb #21-018
+def variational_steps(clip:Backbone, samples:int=10, n_classes:int=50) -> dict[str, Callable]:
+    "Loss and gradient of an image-conditioned variational step with one image, its feature given"
+    learner = VariationalCoCoOp(clip, bench_names(n_classes), samples=samples).to(clip.device)
+    learner.eps = _noise(clip, samples, 1, clip.text_width)
+    x, y = F.normalize(_noise(clip, 1, clip.embed_dim), dim=-1), torch.zeros(1, dtype=torch.long, device=clip.device)
+    def step(plain):
+        learner.text.plain = plain
+        learner.zero_grad()
+        loss = learner.loss(x, y)
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in learner.parameters())]
+    return dict(plain=partial(step, True), fast=partial(step, False))
+
+# %% ../nbs/21_bench.ipynb #21-020
 def eval_steps(clip:Backbone) -> dict[str, Callable]:
     "Evaluation of a text prompt, without and with kept image features"
     data, folder = load_dataset('pictograms', task='icons'), tempfile.TemporaryDirectory()
@@ -142,7 +157,7 @@ def eval_steps(clip:Backbone) -> dict[str, Callable]:
     step(True)
     return dict(plain=partial(step, False), fast=partial(step, True))
 
-# %% ../nbs/21_bench.ipynb #21-019
+# %% ../nbs/21_bench.ipynb #21-021
 LARGE = 200   # classes: with more, the plain text side goes through in chunks of 100 and its memory is extrapolated
 
 @dataclass(frozen=True)
@@ -154,6 +169,7 @@ class Case:
 
 CASES = {f'coop-m{M}-c{C}': Case(coop_steps, dict(n_ctx=M, n_classes=C), f'CoOp, text side of a step, M = {M}, {C} classes') for C in (100, 1000) for M in (16, 4)} | {
     'cocoop-c50': Case(learner_steps, dict(method=CoCoOp, batch=1, features=True), 'CoCoOp, a step with one image, its feature given, 50 classes'),
+    'variational-s10-c50': Case(variational_steps, {}, 'Variational CoCoOp, a step with one image, its feature given, 10 samples, 50 classes'),
     'ivlp-c50': Case(learner_steps, dict(method=IVLP), 'IVLP, a step with 4 images, 50 classes'),
     'maple-c50': Case(learner_steps, dict(method=MaPLe), 'MaPLe, a step with 4 images, 50 classes'),
     'vpt-deep': Case(vpt_steps, {}, 'VPT-deep, image side of a step with 4 images; plain is the bare tower on as many tokens'),
@@ -161,7 +177,7 @@ CASES = {f'coop-m{M}-c{C}': Case(coop_steps, dict(n_ctx=M, n_classes=C), f'CoOp,
     'eval-cached': Case(eval_steps, {}, 'second evaluation of CoOp on one test set; fast has its image features on disk'),
 }
 
-# %% ../nbs/21_bench.ipynb #21-021
+# %% ../nbs/21_bench.ipynb #21-023
 def bench_clip(quick:bool=False, device:str|None=None, precision:str|None=None) -> Backbone:
     "ViT-B/16 with random weights, or with `quick` a CLIP of three small blocks"
     with torch.random.fork_rng(devices=[]):
@@ -210,7 +226,7 @@ def memory(case:str, options:tuple) -> dict[str, float|None]: # MB
     plain = at[100]+(at[200]-at[100])*(C-100)/100 if None not in at.values() else None
     return dict(plain=plain) | peaks(case, ('fast',), options)
 
-# %% ../nbs/21_bench.ipynb #21-023
+# %% ../nbs/21_bench.ipynb #21-025
 def _error(ours:list[Tensor], theirs:list[Tensor]) -> float:
     "Largest difference, relative to each tensor's largest value"
     return max(((a-b).abs().max()/b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
@@ -239,7 +255,7 @@ def run_case(name:str, clip:Backbone, options:tuple, repeats:int=5, limit:float=
         plain_times=times['plain'], fast_times=times['fast'], plain_flop=flop['plain'], fast_flop=flop['fast'],
         error=_error(first['fast'], first.get('reference') or first['plain']), backbone=clip.name, precision=clip.precision or 'float32', torch=torch.__version__, version=__version__)
 
-# %% ../nbs/21_bench.ipynb #21-024
+# %% ../nbs/21_bench.ipynb #21-026
 def find_case(name:str) -> Case:
     "A case by its name. Raises ValueError that suggests the nearest"
     if name not in CASES: raise ValueError(f"unknown case '{name}'; {nearest(name, CASES)}")
@@ -275,7 +291,7 @@ def speed_table(rows:pd.DataFrame) -> pd.DataFrame: # text cells
         counted=[f'{p/f:.1f}x' for p, f in zip(rows.plain_flop, rows.fast_flop)], plain_memory=[mb(x) + ' (extrapolated)'*(e and x > 0) for x, e in zip(rows.plain_mb, rows.plain_mb_extrapolated)],
         fast_memory=rows.fast_mb.map(mb), error=rows.error.map('{:.0e}'.format)))
 
-# %% ../nbs/21_bench.ipynb #21-030
+# %% ../nbs/21_bench.ipynb #21-032
 def plot_speed(rows:pd.DataFrame) -> plt.Figure:
     "Seconds and memory of each case, plain and fast"
     with plt.style.context(assets()/'clipprompt.mplstyle'):

@@ -11,7 +11,7 @@ from clipprompt.bench import CASES, bench, bench_clip, bench_names, peaks, plot_
 from helpers import refused, works
 
 KEYS = {'case', 'plain_s', 'fast_s', 'ratio', 'plain_mb', 'fast_mb', 'device'}
-NAMED = ['coop-m16-c100', 'coop-m4-c100', 'coop-m16-c1000', 'cocoop-c50', 'ivlp-c50', 'maple-c50', 'vpt-deep', 'eval-cached']
+NAMED = ['coop-m16-c100', 'coop-m4-c100', 'coop-m16-c1000', 'cocoop-c50', 'variational-s10-c50', 'ivlp-c50', 'maple-c50', 'vpt-deep', 'eval-cached']
 
 
 @pytest.mark.parametrize('case', CASES)

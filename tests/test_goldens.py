@@ -19,6 +19,7 @@ from clipprompt.metaprompt import MetaPrompt
 from clipprompt.mudpt import MuDPT
 from clipprompt.prompts import place
 from clipprompt.provp import ProVP, ProVPRef, provp_template
+from clipprompt.variational import Variational, VariationalCoCoOp, VariationalCoOp
 from clipprompt.zeroshot import ZeroShot
 
 FOLDER = Path(os.environ.get('CLIPPROMPT_GOLDENS') or Path(__file__).parent/'goldens')
@@ -36,6 +37,8 @@ WHERE = {   # method in the json -> our class; recorded parameter -> our paramet
 FUSIONS = {'MuDPT linear fusion': 'linear', 'MuDPT transformer fusion': 'transformer', 'MuDPT text-to-vision only': 'text_to_vision'}
 WHERE |= {m: (MuDPT, WHERE['IVLP (independent prompts)'][1]) for m in FUSIONS}
 WHERE |= {'ProVP': (ProVP, {'visual_prompts': ('visual_ctx.tokens', ...)}), 'ProVP-Ref': (ProVPRef, {'visual_prompts': ('visual_ctx.tokens', ...)})}
+WHERE['variational CoOp (unconditional)'] = VariationalCoOp, {'ctx': TEXT['ctx']} | {n: (n, ...) for n in ('posterior.mu', 'posterior.logvar')}
+WHERE['variational CoCoOp (conditional)'] = VariationalCoCoOp, {'ctx': TEXT['ctx']} | {n: (n, ...) for p in ('mu', 'logvar') for i in (0, 2, 4) for w in ('weight', 'bias') for n in [f'posterior.{p}.{i}.{w}']}
 
 WHERE |= {f'MetaPrompt {setting}': (MetaPrompt, {'ctx_text': ('ctx.tokens', ...), 'ctx_visual': ('visual_ctx.tokens', ...)}) for setting in ('base-to-new', 'domain generalisation')}
 MODES = ('restore', 'clean')   # of MetaPrompt, recorded beside the reference's own
@@ -64,8 +67,9 @@ def learner_of(g):
         hparams['templates'], weight = provp_template(hparams.pop('dataset')), hparams.pop('lambda')
         if cls is ProVPRef: hparams['weight'] = weight
     if cls is MetaPrompt:
-        cls, drop = Literal, hparams.pop('dataset')
+        cls, hparams = Literal, {k: v for k, v in hparams.items() if k != 'dataset'}
         hparams['split'] = 'class' if 'base-to-new' in g.json['method'] else 'domain'
+    if issubclass(cls, Variational): hparams['samples'] = hparams.pop('L')
     assert init <= set(where), f'recorded parameters that are not tested: {init-set(where)}'
     learner = cls(g.backbone, g.json['classnames'], **hparams)
     assert sum(p.numel() for p in learner.parameters()) == g.json['n_trainable']
@@ -80,27 +84,35 @@ def all_within(g, errors, dtype):
 
 
 def injected(g):
-    "What the reference drew at random, to be put into a learner before each step"
+    "Puts what the reference drew at random in a step (None: in evaluation, where each image may have noise of its own) into a learner"
     def inject(learner, step):
+        if isinstance(learner, Variational): learner.eps = g.tensors['eval.eps'][:, :, 0].transpose(0, 1) if step is None else g.tensors['batch.eps'][step]   # [L, E or 1, d]
         if 'class_groups' in g.json and step is not None: learner.groups = [torch.tensor(group) for group in g.json['class_groups'][step]]
     return inject
 
-def besides(g, learner, where, inject):
-    "Errors of what only some methods recorded"
+@torch.no_grad()
+def at_the_start(g, learner, where):
+    "Errors of what some methods recorded besides: logits of MetaPrompt's two maps; a posterior and the logits of each sample"
+    g.start(learner, where)
+    injected(g)(learner, 0)
+    x = g.batch(0)[0]
+    z = Classifier.image_features(learner, x)
+    if isinstance(learner, Variational):
+        mu, logvar = learner.posterior(z)
+        return g.error('mu_0', mu) | g.error('logvar_0', logvar) | g.error('sample_logits_0', learner.sample_logits(z))
+    if not isinstance(learner, MetaPrompt): return {}
+    s = g.backbone.logit_scale
+    return g.error('logits_image_0', s*learner.prompted_image(x) @ learner.classifier().T) | g.error('logits_text_0', s*z @ learner.prompted_text().T)
+
+def other_modes(g, learner, where):
+    "Errors of the modes that are recorded beside the reference's own, under names such as `expect.clean.loss_trace`"
     errors = {}
-    if isinstance(learner, MetaPrompt):
-        x = g.batch(0)[0]
-        g.start(learner, where)
-        with torch.no_grad():
-            s = g.backbone.logit_scale
-            errors |= g.error('logits_image_0', s*learner.prompted_image(x) @ learner.classifier().T) | g.error('logits_text_0', s*Classifier.image_features(learner, x) @ learner.prompted_text().T)
-        for mode in MODES:
-            other = Literal(g.backbone, g.json['classnames'], **learner.hparams | dict(mode=mode))
-            other.text = learner.text
-            theirs = {k.replace(f'expect.{mode}.', 'expect.'): v for k, v in g.tensors.items() if k.startswith((f'expect.{mode}.', 'batch.', 'eval.', 'init.'))}
-            part = Golden.__new__(Golden)
-            vars(part).update(vars(g) | dict(tensors=theirs | {'expect.loss_0': g.tensors['expect.loss_0']}))
-            errors |= {f'{mode}.{k}': e for k, e in part.replay(other, where, inject).items() if k != 'loss_0'}
+    for mode in MODES if isinstance(learner, MetaPrompt) else ():
+        other, part = Literal(g.backbone, g.json['classnames'], **learner.hparams | dict(mode=mode)), Golden.__new__(Golden)
+        other.text = learner.text
+        tensors = {k.replace(f'.{mode}.', '.'): v for k, v in g.tensors.items() if k.startswith((f'expect.{mode}.', 'batch.', 'eval.', 'init.'))}
+        vars(part).update(vars(g) | dict(tensors=tensors | {'expect.loss_0': g.tensors['expect.loss_0']}))
+        errors |= {f'{mode}.{k}': e for k, e in part.replay(other, where, injected(g)).items() if k != 'loss_0'}
     return errors
 
 
@@ -114,9 +126,7 @@ def test_golden(case, dtype, path):
     if 'tokens.prompt_ids' in g.tensors:  # the placeholder strings, tokenised as the reference did
         ours = learner.sentences if g.json['hparams'].get('position', 'end') == 'end' else place(g.backbone, g.json['classnames'], learner.sentences.slots.shape[1])
         assert torch.equal(ours.ids, g.tensors['tokens.prompt_ids'].long())
-    inject = injected(g)
-    errors = g.replay(learner, where, inject)
-    errors |= besides(g, learner, where, inject)
+    errors = at_the_start(g, learner, where) | other_modes(g, learner, where) | g.replay(learner, where, injected(g))
     all_within(g, errors, dtype)
     left = {k.removeprefix('expect.') for k in g.tensors if k.startswith('expect.')} - set(errors)
     assert not left, f'recorded values that no test looked at: {sorted(left)}'
