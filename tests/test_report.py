@@ -62,11 +62,11 @@ def test_ranks_by_hand():
 def test_every_budget_follows_the_rule(name):
     m = METHODS[name]
     ours, theirs = m.recipe, m.cls.recipe('base-to-new', 16)
-    per_image = not m.cls.learns_image and m.cls.__dict__.get('conditional', name == 'cocoop')
-    want = (10, 32, None) if m.cls.learns_image else (3, 8, 3) if per_image else (50, 32, 8)
-    assert (ours.epochs, ours.batch_size, ours.views) == want
-    assert ours.lr == (.005 if m.cls.learns_image and theirs.batch_size != 32 else theirs.lr)
-    assert (ours.weight_decay, ours.momentum, ours.warmup_epochs, ours.select) == (theirs.weight_decay, theirs.momentum, theirs.warmup_epochs, 'last') and ours.source.startswith(theirs.source)
+    kinds = {'cocoop': (3, 8, 3, theirs.lr), 'variational-coop': (12, 32, 8, .1), 'variational-cocoop': (2, 8, 2, .02)}
+    image = 10, 32, None, theirs.lr if theirs.batch_size == 32 else .005
+    assert (ours.epochs, ours.batch_size, ours.views, ours.lr) == (image if m.cls.learns_image else kinds.get(name, (50, 32, 8, theirs.lr)))
+    assert (ours.weight_decay, ours.momentum, ours.select) == (theirs.weight_decay, theirs.momentum, 'last') and ours.source.startswith(theirs.source)
+    assert ours.warmup_epochs == (0 if name == 'variational-cocoop' else theirs.warmup_epochs)
     assert isinstance(budget(m.cls), Recipe)
 
 
