@@ -242,6 +242,20 @@ def test_13_cls_changes_only_where_it_reads_prompts(clip, images):
     same(F.normalize(clip.visual.ln_post(stream[-1][0][:, 0]) @ clip.visual.proj, dim=-1), frozen)
 
 
+def test_read_only_image_prompts_by_hand(clip, images):
+    "All rows of one image through open_clip's blocks, image tokens blind to the prompts, prompts to each other; and the mean of unit features"
+    p, vit = make(clip, moved=1, vision='read', n_visual=3).visual_ctx, clip.visual
+    for i, ours in enumerate(read_images(VisionTower(clip), images, p)):
+        x = torch.cat([VisionTower(clip).embed(images[i:i+1]), (p.tokens[0] + vit.positional_embedding[0])[None]], 1)
+        x, N = vit.ln_pre(x), x.shape[1]-3
+        mask = torch.zeros(N+3, N+3, dtype=x.dtype)
+        mask[:, N:] = -torch.inf
+        for l, block in enumerate(vit.transformer.resblocks):
+            if l: x = torch.cat([x[:, :N], p.enter(l, x[:, N:])], 1)
+            x = block(x, attn_mask=mask)
+        same(ours, F.normalize(F.normalize(vit.ln_post(x[0, N:]) @ vit.proj, dim=-1).mean(0), dim=-1))
+
+
 class Watching(Given):
     "What came out at the slots, block by block"
     def __init__(self, prompts): self.prompts, self.tokens, self.seen = prompts, prompts.tokens, []
