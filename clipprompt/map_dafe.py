@@ -77,7 +77,7 @@ def who_reads(
     at, eot = torch.arange(L, device=eot.device), eot[:, None, None]                             # [L], [C, 1, 1]
     R = m + dict(read=0, read_eot=1, both=L)[text]
     frozen, own = dict(read=at <= eot, read_eot=at < eot, both=(at < 0)[None, None])[text], torch.zeros(len(eot), R, R, dtype=torch.bool, device=eot.device)
-    own[:, :m, :m] = (P2P[p2p](m, m) if m else torch.zeros(0, 0)).bool()
+    own[:, :m, :m] = P2P[p2p](m, m).bool()
     own[:, m:, :m] = True                                                                        # what else runs here reads the prompts
     if text == 'read_eot': own[:, m:, m:] = True
     if text == 'both': own[:, :m, m:], own[:, m:, m:] = at <= eot, at <= at[:, None]
