@@ -360,6 +360,27 @@ def test_no_gradient_below_the_first_learned_token(clip, images, monkeypatch):
         assert not tower(x).requires_grad
 
 
+@dtypes
+@pytest.mark.parametrize('visual', [False, True], ids=['text', 'image'])
+@pytest.mark.parametrize('own', ['none', 'itself', 'causal', 'all'])
+def test_rows_beside_a_sequence_that_does_not_read_them(clips, dtype, own, visual):
+    "open_clip's own block over both, under the mask written out, has the same rows: of the sequence as if alone, of the others as `run_beside` has them; gradients alike"
+    tower = clips[dtype].visual if visual else clips[dtype].text
+    block, d, (N, L, m) = tower.transformer.resblocks[1], clips[dtype].vision_width if visual else clips[dtype].text_width, (3, 7, 4)
+    x, rows = noise(N, L, d, dtype=dtype), noise(N, m, d, seed=1, dtype=dtype).requires_grad_()
+    among = dict(none=torch.zeros(m, m), itself=torch.eye(m), causal=torch.ones(m, m).tril(), all=torch.ones(m, m))[own].bool().expand(N, m, m)
+    may = torch.cat([(torch.arange(L) < torch.tensor([2, 5, 7])[:, None])[:, None].expand(N, m, L), among], 2)                        # [N, m, L+m]
+    sequence = torch.cat([torch.ones(L, L).tril(0 if not visual else L), torch.zeros(L, m)], 1).bool().expand(N, L, L+m)
+    mask = torch.zeros(N, L+m, L+m, dtype=dtype).masked_fill(~torch.cat([sequence, may], 1), -torch.inf).repeat_interleave(block.attn.num_heads, 0)
+    whole = block(torch.cat([x, rows], 1), attn_mask=mask)
+    alone, k, v = towers.run_block(block, x, causal=not visual)
+    beside = towers.run_beside(block, rows, k, v, may[:, None])
+    assert error(alone, whole[:, :L]) < LIMIT[dtype] and error(beside, whole[:, L:]) < LIMIT[dtype]
+    a, b = (torch.autograd.grad(y.square().sum(), rows, retain_graph=True)[0] for y in (beside, whole[:, L:]))
+    assert error(a, b) < LIMIT[dtype] and beside.shape == rows.shape
+    assert error(towers.run_beside(block, rows, k, v, may[:1, None].expand(N, -1, -1, -1)), towers.run_beside(block, rows, k, v, may[:1, None])) == 0   # one mask for all
+
+
 # ---- the vision tower ----------------------------------------------------------------------------------------------
 
 def image_by_hand(clip, images, prompts, after, ln_pre):
