@@ -96,7 +96,7 @@ def compare_command(
 ):
     """Train and test methods under one protocol; print a table, write results.csv and compare.png.
 
-    Examples:  clipprompt compare     clipprompt compare --task all     clipprompt compare --methods zero-shot,coop --protocol few-shot --shots 1,2,4,8,16
+    Examples:  clipprompt compare     clipprompt compare --task all     clipprompt compare --protocol domain     clipprompt compare --methods zero-shot,coop --protocol few-shot --shots 1,2,4,8,16
     """
     protocol(protocol_name)
     if quick: seeds, shots, epochs = '1', '2', 2

@@ -24,19 +24,25 @@ from .coop import CoOp
 from .data import DataSet, join, load_dataset
 from .deep import IVLP, VPT, MaPLe
 from .learner import PromptLearner, Recipe, check_writable, read_prompts, write_safely
+from .map_dafe import MAPDAFE
 from .metaprompt import MetaPrompt
 from .mudpt import MuDPT
 from .protocols import Method, protocol, second_set, summary, unpack_hits
 from .provp import ProVP, ProVPRef
+from .variational import VariationalCoCoOp, VariationalCoOp
 from .zeroshot import BestTemplate, LinearProbe, ZeroShot
 
 # %% ../nbs/20_report.ipynb #20-005
-def budget(cls:type, per_image:bool=False) -> Recipe: # per_image: does each image have prompts of its own?
+def budget(cls:type,
+    per_image:bool=False,  # does each image have prompts of its own?
+    drawn:bool=False,      # are prompts drawn from a distribution?
+) -> Recipe:
     "A method's base-to-new recipe, scaled for two CPU cores by the book's one rule"
     r = cls.recipe('base-to-new', 16)
-    source = f'{r.source}; scaled for two CPU cores'
-    if cls.learns_image: return replace(r, epochs=10, batch_size=32, lr=r.lr if r.batch_size == 32 else .005, source=source)
-    return replace(r, epochs=3, batch_size=8, views=3, source=source) if per_image else replace(r, epochs=50, batch_size=32, views=8, source=source)
+    r = replace(r, source=f'{r.source}; scaled for two CPU cores')
+    if cls.learns_image: return replace(r, epochs=10, batch_size=32, lr=r.lr if r.batch_size == 32 else .005)
+    if not per_image: return replace(r, epochs=12, batch_size=32, views=8, lr=.1) if drawn else replace(r, epochs=50, batch_size=32, views=8)
+    return replace(r, epochs=2, batch_size=8, views=2, lr=.02, warmup_epochs=0) if drawn else replace(r, epochs=3, batch_size=8, views=3)
 
 METHODS = {m.name: m for m in (
     Method(ZeroShot),
@@ -44,7 +50,9 @@ METHODS = {m.name: m for m in (
     Method(LinearProbe),
     Method(CoOp, dict(ctx_init='a photo of a'), budget(CoOp)),
     Method(CoCoOp, recipe=budget(CoCoOp, per_image=True)),
-    *(Method(cls, recipe=budget(cls)) for cls in (VPT, IVLP, MaPLe, MuDPT, ProVP, ProVPRef, MetaPrompt)),
+    *(Method(cls, recipe=budget(cls)) for cls in (VPT, IVLP, MaPLe, MuDPT, ProVP, ProVPRef, MetaPrompt, MAPDAFE)),
+    Method(VariationalCoOp, recipe=budget(VariationalCoOp, drawn=True)),
+    Method(VariationalCoCoOp, dict(samples=2), budget(VariationalCoCoOp, per_image=True, drawn=True)),
 )}
 TASKS = ['icons', 'edges', 'pixels', 'rotated']   # Pictograms' domains; 'all' means these
 

@@ -449,4 +449,4 @@ def test_bad_input(clip):
 
 def test_recipe():
     r = MAPDAFE.recipe()
-    assert (r.lr, r.epochs, r.batch_size, r.weight_decay) == (.0025, 50, 4, 5e-4) and 'our choice' in r.source and MAPDAFE.recipe(dataset='imagenet').epochs == 20
+    assert (r.lr, r.epochs, r.batch_size, r.weight_decay) == (.05, 50, 32, 5e-4) and 'our choice' in r.source and MAPDAFE.recipe(dataset='imagenet').epochs == 20
