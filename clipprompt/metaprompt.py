@@ -227,5 +227,6 @@ def episodic(
         episodes = domain_episodes(batch[-1]) if split == 'domain' else class_episodes(labels, class_groups(C))
         rehearse(learner, optimizer, episodes, loss, names, mode, order, mu)
         return value
+    training_step.settings = dict(split=split, mode=mode, order=order, mu=mu)                # part of a checkpoint's identity
     learner.training_step = training_step
     return learner

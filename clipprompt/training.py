@@ -115,7 +115,7 @@ def fit(
         learner.solve(*encode(learner, data.pictures('train', test_transform(learner.backbone)), progress=False))
     elif params := list(learner.parameters()):
         optimizer = torch.optim.SGD(params, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
-        run = dict(method=learner.method, hparams=learner.hparams, recipe=asdict(recipe), seed=seed, data=data.fingerprint, fingerprint=learner.backbone.fingerprint, precision=learner.backbone.precision)
+        run = dict(method=learner.method, hparams=learner.hparams, recipe=asdict(recipe), seed=seed, data=data.fingerprint, fingerprint=learner.backbone.fingerprint, precision=learner.backbone.precision, step=getattr(learner.training_step, 'settings', None))
         if checkpoint: losses, tested, best = _resume(checkpoint, learner, optimizer, run)
         epochs = _epochs(learner, data, recipe, seed, first=len(losses)+1)
         for epoch, batches in (bar := tqdm(epochs, learner.method, recipe.epochs, initial=len(losses), unit='epoch', disable=not progress, leave=False)):

@@ -267,6 +267,14 @@ def test_resuming_draws_the_same_groups(joined, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
 
 
+def test_a_plain_run_is_not_resumed_with_episodes(tmp_path):
+    picto, data = load_backbone(device='cpu'), load_dataset().base().few_shot(1)
+    make, recipe = lambda: CoOp(picto, data.classnames, n_ctx=1), Recipe(epochs=1, views=1)
+    fit(make(), data, recipe, checkpoint=tmp_path/'c', progress=False)
+    with pytest.raises(ValueError) as e: fit(episodic(make()), data, recipe, checkpoint=tmp_path/'c', progress=False)
+    one_line(e, 'another run', 'step differ')
+
+
 def test_what_is_chosen_from_the_data(joined):
     picto = load_backbone(device='cpu')
     row = domain(Method(MetaPrompt, dict(depth=1), Recipe(epochs=1)), picto, joined, shots=1)
