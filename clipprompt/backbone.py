@@ -88,7 +88,7 @@ class Backbone:
         self.text_layers, self.vision_layers = len(self.text.transformer.resblocks), len(self.visual.transformer.resblocks)
         self.embed_dim, self.image_size = self.visual.proj.shape[1], self.visual.image_size[0] # E, pixels
         self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
-        self.precision, self.cache = None, None    # set by `load_backbone`
+        self.pretrained = self.precision = self.cache = None    # set by `load_backbone`
 
     def _check_tokenizer(self):
         (pool, eos), n, ids = _pools(self.model), self.text.token_embedding.num_embeddings, self.tokenizer(['a'])  # [1, L]
@@ -248,5 +248,6 @@ def load_backbone(
     device = find_device(device)
     if precision not in (None, 'bf16', 'fp16'): raise ValueError(f"unknown precision '{precision}'; use 'bf16', 'fp16', or None for that of the weights")
     backbone = _picto_clip(assets()/'picto-clip.safetensors') if name == 'picto-clip' else _open_clip(name, pretrained)
+    backbone.pretrained = pretrained and str(Path(pretrained).expanduser().absolute() if Path(pretrained).expanduser().is_file() else pretrained)
     backbone.precision, backbone.cache = precision, cache and Path(cache).expanduser()
     return backbone.to(device=device, dtype=dtype)

@@ -1,0 +1,321 @@
+"""Sweeps: nothing lost, nothing twice, whoever is killed and whenever. Records: any row can be run again."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from filelock import FileLock
+
+from clipprompt import sweep as sweep_module
+from clipprompt.backbone import assets, load_backbone
+from clipprompt.data import load_dataset
+from clipprompt.protocols import read_records, record, rerun, write_record, write_table
+from clipprompt.report import METHODS, compare
+from clipprompt.sweep import Run, attempt, grid, load_run, sweep
+from helpers import clipprompt, one_line, refused, shapes, works
+
+SCORES = ['base', 'new', 'h', 'accuracy', 'hits_base', 'hits_new', 'hits_accuracy']
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory): return shapes(tmp_path_factory.mktemp('data')/'photos')
+
+
+@pytest.fixture(scope='module')
+def runs(photos): return grid(['zero-shot', 'coop', 'vpt'], [str(photos)], ['few-shot', 'base-to-new'], shots=[2], seeds=[1, 2], epochs=3)
+
+
+@pytest.fixture(scope='module')
+def whole(runs, tmp_path_factory):
+    "An undisturbed sweep"
+    return sweep(runs, tmp_path_factory.mktemp('whole'), progress=False)
+
+
+def scores(records): return {r['run']: {k: r[k] for k in SCORES if r.get(k) is not None and r[k] == r[k]} for r in records}
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------------
+
+def test_grid():
+    g = grid(['zero-shot', 'coop'], ['icons', 'edges'], ['few-shot'], [1, 2, 4], [1, 2, 3])
+    assert len(g) == len(set(g)) == 2*2*3*3 and g[0] == Run('zero-shot', 'icons', 'few-shot', 1, 1)
+    assert len(grid(['coop', 'coop'], seeds=[1, 1])) == 1
+
+
+@pytest.mark.parametrize('kw,says', [(dict(methods=['copo']), ["unknown method 'copo'", 'did you mean coop']), (dict(methods=[]), ['methods', 'at least one']), (dict(methods='coop'), ['methods', 'list']),
+                                     (dict(protocols=['few']), ["unknown protocol 'few'", 'few-shot']), (dict(seeds=[]), ['seeds', 'at least one']), (dict(budget='big'), ["unknown budget 'big'", 'book', 'paper'])])
+def test_grid_names_what_is_wrong(kw, says):
+    with pytest.raises(ValueError) as e: grid(**(dict(methods=['coop']) | kw))
+    one_line(e, *says)
+
+
+def test_a_sweep_that_cannot_work_says_so_first(tmp_path):
+    (tmp_path/'file').touch()
+    with pytest.raises(OSError) as e: sweep([Run('zero-shot')], tmp_path/'file', progress=False)
+    one_line(e, 'cannot write', 'choose a folder')
+    with pytest.raises(ValueError) as e: sweep([Run('zero-shot')], tmp_path/'out', backend='spark')
+    one_line(e, "unknown backend 'spark'", 'here or ray')
+
+
+def test_runs_have_the_names_that_compare_gives(photos, tmp_path, whole):
+    rows = compare(['zero-shot', 'coop'], [1, 2], [2], 'base-to-new', [str(photos)], epochs=3, out=tmp_path, progress=False)
+    ours = {r['run']: r for r in whole.records}
+    assert set(rows.run) <= set(ours) and all(rows[rows.run == k].iloc[0].hits_base == ours[k]['hits_base'] for k in rows.run)
+
+
+def test_paper_budgets_are_the_papers(photos):
+    at = load_run(Run('coop', str(photos), 'few-shot', 2, budget='paper'))
+    assert at.recipe == METHODS['coop'].cls.recipe('few-shot', 2) and at.method.hparams is None
+    assert load_run(Run('coop', str(photos), 'base-to-new', 2, budget='paper')).method.hparams == dict(ctx_init='a photo of a')
+
+
+# ---- doing what is missing -----------------------------------------------------------------------------------------
+
+def test_each_run_once(runs, whole):
+    assert len(whole.records) == len(runs) == 12 and not whole.failed and len(scores(whole.records)) == 12
+
+
+def test_only_what_is_missing(runs, whole, tmp_path, monkeypatch):
+    for r in whole.records[:10]: write_record(tmp_path/'records', r)
+    did, do = [], sweep_module._do
+    monkeypatch.setattr(sweep_module, '_do', lambda run, at, out: (did.append(run), do(run, at, out)))
+    again = sweep(runs, tmp_path, progress=False)
+    assert did == runs[10:] and scores(again.records) == scores(whole.records) and not list((tmp_path/'checkpoints').glob('*'))
+
+
+def test_failures_are_tried_again_and_reported(runs, tmp_path, monkeypatch):
+    did, do = [], sweep_module._do
+    def fails(run, at, out):
+        did.append(run)
+        if run.method == 'vpt' or len(did) < 3: raise OSError(f'the disk of {run} is full')
+        do(run, at, out)
+    some = [r for r in runs if r.protocol == 'few-shot' and r.seed == 1]
+    monkeypatch.setattr(sweep_module, '_do', fails)
+    left = sweep(some, tmp_path, progress=False)
+    assert did == [some[0]]*3 + [some[1]] + [some[2]]*3 and len(left.records) == 2                        # the first succeeds on its third try
+    assert list(left.failed) == [some[2]] and 'Traceback' in left.failed[some[2]] and 'is full' in left.failed[some[2]]
+    told = list((tmp_path/'failed').iterdir())
+    assert len(told) == 1 and 'is full' in told[0].read_text() and Run(**{k: tuple(v) if k == 'targets' else v for k, v in json.loads(told[0].read_text().splitlines()[0]).items()}) == some[2]
+    monkeypatch.setattr(sweep_module, '_do', do)
+    assert len(sweep(some, tmp_path, progress=False).records) == 3 and not list((tmp_path/'failed').iterdir())
+
+
+def test_a_damaged_record_is_named(runs, whole, tmp_path):
+    write_record(tmp_path/'records', whole.records[0])
+    path = next((tmp_path/'records').glob('*.json'))
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ValueError) as e: sweep(runs[:1], tmp_path, progress=False)
+    one_line(e, path.name, 'damaged', 'delete it')
+
+
+# ---- others at work, and killed ------------------------------------------------------------------------------------
+
+WORKER = '''
+import sys, json
+from pathlib import Path
+from clipprompt import sweep as m
+from clipprompt.sweep import Run, sweep
+out, runs = Path(sys.argv[1]), [Run(**(r | dict(targets=()))) for r in json.loads(sys.argv[2])]
+do = m._do
+def told(run, at, out):
+    do(run, at, out)
+    with open(out/'did.txt', 'a') as f: f.write(at.name+'\\n')
+m._do = told
+print('ready', flush=True)
+sweep(runs, out, progress=False, patience=.2)
+print('finished', flush=True)
+'''
+
+def worker(out, runs):
+    text = json.dumps([vars(r) for r in runs])
+    return subprocess.Popen([sys.executable, '-c', WORKER, str(out), text], stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+
+
+def test_two_workers_share_a_folder(runs, whole, tmp_path):
+    both = [worker(tmp_path, runs), worker(tmp_path, runs[::-1])]
+    assert all(p.wait(120) == 0 for p in both)
+    assert sorted((tmp_path/'did.txt').read_text().split()) == sorted(scores(whole.records))              # each once
+    assert scores(read_records(tmp_path/'records')) == scores(whole.records)
+
+
+@pytest.mark.parametrize('seed', [1, 2])
+def test_kill_9_at_any_moment(runs, whole, tmp_path, seed):
+    "The killed one blocks nobody, and what it left half done ends in the same bits"
+    rng, longer = random.Random(seed), [Run(**(vars(r) | dict(epochs=3))) for r in runs]
+    for _ in range(2):
+        p = worker(tmp_path, longer)
+        assert p.stdout.readline() == 'ready\n'
+        time.sleep(rng.uniform(.5, 3)); os.killpg(p.pid, signal.SIGKILL); p.wait()
+    done = sweep(longer, tmp_path, progress=False, patience=.1)
+    assert scores(done.records) == scores(whole.records) == scores(read_records(tmp_path/'records'))
+
+
+def test_a_lock_is_respected_and_dies_with_its_owner(runs, tmp_path):
+    name = load_run(runs[0]).name
+    (tmp_path/'locks').mkdir()
+    held = subprocess.Popen([sys.executable, '-c', f"from filelock import FileLock; import time; l=FileLock({str(tmp_path/'locks'/name)!r}+'.lock'); l.acquire(); print('held', flush=True); time.sleep(600)"], stdout=subprocess.PIPE, text=True)
+    assert held.stdout.readline() == 'held\n' and attempt(runs[0], tmp_path) == ('busy', '')
+    held.kill(); held.wait()
+    assert attempt(runs[0], tmp_path)[0] == 'done'
+
+
+# ---- Ray -----------------------------------------------------------------------------------------------------------
+
+DRIVER = '''
+import sys, json, ray
+from clipprompt.sweep import Run, sweep
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+print('ready', flush=True)
+left = sweep([Run(**(r | dict(targets=()))) for r in json.loads(sys.argv[2])], sys.argv[1], backend='ray', progress=False, patience=.2)
+print('finished', len(left.records), len(left.failed), flush=True)
+'''
+
+def driver(out, runs):
+    return subprocess.Popen([sys.executable, '-c', DRIVER, str(out), json.dumps([vars(r) for r in runs])], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS='1', RAY_USAGE_STATS_ENABLED='0'))
+
+def ray_workers(): # processes that are doing a run at this moment
+    found = []
+    for p in Path('/proc').glob('[0-9]*'):
+        try: title = (p/'cmdline').read_bytes()
+        except OSError: continue
+        if title.startswith(b'ray::attempt'): found.append(int(p.name))
+    return found
+
+def until(what, seconds=90):
+    end = time.time()+seconds
+    while time.time() < end:
+        if got := what(): return got
+        time.sleep(.05)
+    raise TimeoutError
+
+
+@pytest.mark.skipif(not Path('/proc').is_dir(), reason='looks for worker processes in /proc')
+def test_ray_survives_a_dead_worker_and_a_dead_driver(runs, whole, tmp_path):
+    pytest.importorskip('ray', reason="needs clipprompt[ray]")
+    count = lambda: len(list((tmp_path/'records').glob('*.json')))
+    p = driver(tmp_path, runs)
+    try:
+        until(lambda: count() >= 1 and ray_workers())
+        os.kill(random.choice(until(ray_workers)), signal.SIGKILL)                     # a worker dies in the middle of its run
+        before = count()
+        until(lambda: count() > before)
+    finally: os.killpg(p.pid, signal.SIGKILL); p.wait()                                # the driver dies, and its cluster with it
+    subprocess.run(['pkill', '-9', '-f', '^ray::'], check=False)
+    left = driver(tmp_path, runs)
+    try: said = left.communicate(timeout=240)[0]
+    finally: os.killpg(left.pid, signal.SIGKILL) if left.poll() is None else None
+    assert f'finished {len(runs)} 0' in said
+    assert scores(read_records(tmp_path/'records')) == scores(whole.records) and count() == len(runs)
+
+
+def test_without_ray_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    with pytest.raises(ValueError) as e: sweep([Run('zero-shot')], tmp_path, backend='ray', progress=False)
+    one_line(e, 'Ray is not installed', 'pip install')
+
+
+# ---- records -------------------------------------------------------------------------------------------------------
+
+def test_records_come_back(whole, tmp_path):
+    write_table(tmp_path/'results.csv', whole.records)
+    for r, back in zip(whole.records, read_records(tmp_path/'results.csv')):
+        for k, v in r.items():
+            if isinstance(v, float): assert back[k] == pytest.approx(v, abs=1e-4, nan_ok=True), k
+            elif v is not None: assert back[k] == v, k
+    table = pd.read_csv(tmp_path/'results.csv')
+    assert table.base.notna().sum() == 6 and table.accuracy.notna().sum() == 6
+
+
+def test_any_row_can_be_run_again(whole, tmp_path):
+    write_table(tmp_path/'results.csv', whole.records)
+    for r in read_records(tmp_path/'results.csv')[::5]:
+        again = rerun(r, METHODS[r['method']].cls, device='cpu')
+        assert again['run'] == r['run'] and scores([again])[r['run']] == pytest.approx(scores([r])[r['run']], abs=1e-4)
+
+
+def test_stored_rows_can_be_run_again():
+    "The rows that the book prints, too"
+    r = next(r for r in read_records(assets()/'results.csv') if r['method'] == 'zero-shot-best' and r['protocol'] == 'domain')
+    again = rerun(r, METHODS['zero-shot-best'].cls, device='cpu')
+    assert again['run'] == r['run'] and again['hits_accuracy'] == r['hits_accuracy']
+
+
+def test_transfer_to_several_sets(tmp_path):
+    clip, data = load_backbone(device='cpu'), load_dataset(task='icons')
+    targets = [load_dataset('emoji', task=t) for t in ('icons', 'pixels')]
+    rec = record(METHODS['zero-shot'], 'cross', clip, data, 1, 1, targets=targets)
+    alone = [record(METHODS['zero-shot'], 'cross', clip, data, 1, 1, targets=[t]) for t in targets]
+    assert rec['by_target'] == {f'emoji/{t.task}': a['accuracy'] for t, a in zip(targets, alone)} and rec['accuracy'] == pytest.approx(sum(rec['by_target'].values())/2)
+    assert rec['hits_emoji/pixels'] == alone[1]['hits_accuracy'] and len({r['run'] for r in (rec, *alone)}) == 3
+    write_record(tmp_path, rec)
+    assert rerun(*read_records(tmp_path), METHODS['zero-shot'].cls, device='cpu')['by_target'] == rec['by_target']
+
+
+@pytest.fixture
+def rec(whole): return dict(next(r for r in whole.records if r['method'] == 'zero-shot'))
+
+def moved(rec, photos): rec['data'] = rec['data'] | dict(name=str(photos)+'-elsewhere')
+def changed(rec, photos): rec['marks'] = ['0'*16]
+def weights(rec, photos): rec['fingerprint'] = '0'*16
+def nowhere(rec, photos): rec['data'] = {}
+def model(rec, photos): rec['backbone'] = 'picto-clop'
+
+@pytest.mark.parametrize('spoil,says', [(moved, ['photos-elsewhere', 'no folder']), (changed, ["data set 'photos'", "not the record's", '--root']), (weights, ["backbone 'picto-clip'", '--pretrained']),
+                                        (nowhere, ['made in memory', 'record']), (model, ["unknown backbone 'picto-clop'", 'picto-clip'])])
+def test_what_changed_is_named(rec, photos, spoil, says):
+    spoil(rec, photos)
+    with pytest.raises((ValueError, OSError)) as e: rerun(rec, METHODS['zero-shot'].cls, device='cpu')
+    one_line(e, *says)
+
+
+@pytest.mark.parametrize('name,text,says', [('r.json', '{"method": "coop"', ['r.json', 'damaged', 'delete it']), ('r.json', '[1, 2]', ['r.json', 'no record']), ('r.json', '{"method": "coop"}', ['r.json', 'no record', 'missing']),
+                                            ('r.json', '\x00\x01', ['r.json', 'damaged']), ('r.csv', '', ['r.csv', 'cannot be read']), ('r.csv', 'a,b\n1,2\n', ['r.csv', 'not written by this version']),
+                                            ('r.csv', 'run,method\nx,coop\nx,coop\n', ['r.csv', 'not written by this version']), ('r.csv', 'run,method\nx,coop\n', ['r.csv', 'no record', 'missing'])])
+def test_records_that_are_none(tmp_path, name, text, says):
+    (tmp_path/name).write_text(text)
+    with pytest.raises(ValueError) as e: read_records(tmp_path/name)
+    one_line(e, *says)
+    with pytest.raises(FileNotFoundError) as e: read_records(tmp_path/'nothing')
+    one_line(e, 'no records', 'results.csv')
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+def test_sweep_from_a_shell(photos, tmp_path):
+    args = ['sweep', '--task', photos, '--methods', 'zero-shot,coop', '--protocol', 'few-shot,base-to-new', '--shots', '2', '--seeds', '1', '--epochs', '2', '--out', tmp_path]
+    assert '4 runs, 0 done, 4 missing' in works(*args, '--plan').out
+    said = works(*args)
+    assert 'coop' in said.out and len(list((tmp_path/'records').glob('*.json'))) == 4
+    assert '4 runs, 4 done, 0 missing' in works(*args, '--plan').out
+    rows = pd.read_csv(tmp_path/'results.csv')
+    said = works('rerun', tmp_path/'results.csv', '--run', rows.run[1][:8], '--out', tmp_path/'again.csv')
+    assert 'now' in said.out and '(' not in said.out and pd.read_csv(tmp_path/'again.csv').run[0] == rows.run[1]
+    works('rerun', tmp_path/'records'/f'{rows.run[0]}.json')
+
+
+def test_a_shell_is_told_what_failed(photos, tmp_path):
+    r = clipprompt('sweep', '--task', photos, '--methods', 'zero-shot', '--shots', '2,50', '--seeds', '1', '--out', tmp_path, '--retries', '0')
+    assert r.code == 1 and len(r.said) == 2 and 'Traceback' not in r.err, r
+    assert r.said[0].startswith('failed: zero-shot') and '50 shots asked for' in r.said[0] and 'failed runs: 1 of 2' in r.said[1] and 'tries them again' in r.said[1]
+    assert len(list((tmp_path/'records').glob('*.json'))) == 1 and len(list((tmp_path/'failed').iterdir())) == 1
+
+
+@pytest.mark.parametrize('args,says', [(('sweep', '--methods', 'copo'), ["unknown method 'copo'"]), (('sweep', '--shots', 'two'), ['whole numbers']), (('sweep', '--seeds', ','), ['--seeds', 'at least one']),
+                                       (('sweep', '--protocol', 'few'), ["unknown protocol 'few'"]), (('sweep', '--budget', 'big'), ["unknown budget 'big'"]), (('sweep', '--task', 'pixel', '--plan'), ["unknown task 'pixel'", 'pixels']),
+                                       (('rerun', 'nothing.json'), ['nothing.json', 'no records']), (('compare', '--budget', 'big'), ["unknown budget 'big'"]), (('compare', '--task', 'caltech102'), ['caltech102', 'did you mean', 'caltech101']),
+                                       (('compare', '--protocol', 'domain', '--task', 'caltech101'), ['domain']), (('compare', '--protocol', 'cross', '--task', 'icons', '--targets', 'emojy'), ['emojy', 'emoji'])])
+def test_bad_arguments(args, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path); monkeypatch.delenv('CLIPPROMPT_DATA', raising=False)
+    refused(*args, says=says)
+
+
+def test_rerun_asks_which(whole, tmp_path):
+    write_table(tmp_path/'results.csv', whole.records)
+    refused('rerun', tmp_path/'results.csv', says=['12 records', '--run'])
+    refused('rerun', tmp_path/'results.csv', '--run', 'zzz', says=['0 of them begin with zzz', '--run'])
