@@ -131,7 +131,7 @@ def _data(name:str, task:str|None, classes:Classes, shots:int|None=None, seed:in
     if shots: data = data.few_shot(shots, seed)
     return {'all': lambda: data, 'base': data.base, 'new': data.new}[classes.value]()
 
-def _tracked(m:Method, backbone:Backbone, data:DataSet, seed:int, recipe:Recipe|None, checkpoint:Path|None, tracker:Path|None) -> PromptLearner:
+def _tracked(m:Method, backbone:Backbone, data:DataSet, seed:int, recipe:Recipe|None, checkpoint:str|None, tracker:Path|None) -> PromptLearner:
     "`Method.train`, with a tracker"
     if tracker is None: return m.train(backbone, data, seed, recipe, checkpoint, progress=True)
     seeded = dict(seed=seed) if any('seed' in signature(c).parameters for c in m.cls.__mro__[:-1]) else {}
@@ -149,7 +149,7 @@ def train(
     seed:Annotated[int, typer.Option(help='of the draw, the start and the order')]=1,
     epochs:Annotated[int|None, typer.Option(min=1, help="instead of the method's own number")]=None,
     out_file:Annotated[Path, typer.Option('--out', help='where the prompts go')]=Path('prompts.safetensors'),
-    checkpoint:Annotated[Path|None, typer.Option(help='file or folder for the state after each epoch; an interrupted run goes on from it')]=None,
+    checkpoint:Annotated[str|None, typer.Option(help='file, or folder with a / at its end, for the state after each epoch; an interrupted run goes on from it')]=None,
     tracker:Annotated[Path|None, typer.Option(help='folder for TensorBoard: loss and learning rate of each epoch')]=None,
     skip_broken:Skip=False,
     model:Model='picto-clip', pretrained:Weights=None, precision:Half=None, cache:Cache=None,
