@@ -311,5 +311,6 @@ def _push(learner:PromptLearner, name:str, private:bool|None=None, token:str|Non
     except errors.HfHubHTTPError as e:
         if (code := e.response.status_code) in (401, 403, 404): raise PermissionError(f'{constants.ENDPOINT} does not let you write to {repo} (status {code}); log in with `hf auth login`, or give a token that may write there') from None
         raise OSError(f'cannot push to {repo} ({_short(e)}); try again') from None
+    except ValueError as e: raise ValueError(f'the hub refuses {repo} ({_short(e)}); change the name, the license or the note') from None
     except (OSError, _transport()) as e: raise ConnectionError(f'cannot push to {repo}: {constants.ENDPOINT} cannot be reached ({_short(e)}); check the network, or use `save`') from None
     return f'hf://{repo}@{commit.oid}'

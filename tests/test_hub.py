@@ -51,6 +51,9 @@ class Hub(BaseHTTPRequestHandler):
             self.rfile.readline()
         hub.asked.append((self.command, self.path))
         if hub.status: return self.answer(hub.status, {'error': 'for the test'})
+        if self.path == '/api/validate-yaml':
+            bad = 'license: "none-of-them"' in json.loads(body)['content']
+            return self.answer(400 if bad else 200, {'errors': [{'message': '"license" must be one of [mit]'}] if bad else [], 'warnings': []})
         if self.headers.get('Authorization') != 'Bearer hf_right': return self.answer(401, {'error': 'Invalid username or password.'})
         if self.path == '/api/repos/create':
             repo = json.loads(body)
@@ -116,7 +119,7 @@ def test_push_and_load(hub, clip):
     assert torch.equal(latest.ctx.tokens, b.ctx.tokens) and latest.classnames == NAMES and type(latest) is CoOp
     assert torch.equal(CoOp.load(first, clip).ctx.tokens, a.ctx.tokens)                    # what was pinned stays
     assert not hub.repos['ada/shapes']['private'] and [sorted(f) for _, f in hub.repos['ada/shapes']['commits']] == [['README.md', HUB_FILE]]*2
-    fetched = {path for command, path in hub.asked if command == 'GET'}
+    fetched = {path for command, path in hub.asked if command == 'GET' and not path.startswith('/api/')}
     assert fetched and all(p.endswith('/'+HUB_FILE) for p in fetched)                     # nothing else is ever fetched
 
 
@@ -145,7 +148,7 @@ def test_the_cache_serves_when_the_network_is_gone(hub, clip, monkeypatch):
     same = lambda name: torch.equal(load_prompts(name, clip).ctx.tokens, learner.ctx.tokens)
     assert same('hf://ada/shapes')
     hub.asked.clear()
-    assert same('hf://ada/shapes') and {c for c, _ in hub.asked} == {'HEAD'}
+    assert same('hf://ada/shapes') and {c for c, p in hub.asked if not p.startswith('/api/')} == {'HEAD'}
     hub.asked.clear()
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     assert same('hf://ada/shapes') and same(pinned) and not hub.asked
@@ -202,6 +205,11 @@ def test_push_is_refused(hub, clip, monkeypatch, token, status, name, error, say
     hub.status = status
     with pytest.raises(error) as e: learner_of(clip).push_to_hub(name, token=token)
     assert 'hf_' not in one_line(e, *says) and not hub.repos                              # tokens are never said
+
+
+def test_licence_that_the_hub_does_not_know(hub, clip):
+    with pytest.raises(ValueError) as e: learner_of(clip).push_to_hub('ada/shapes', license='none-of-them')
+    one_line(e, 'ada/shapes', 'license', 'must be one of')
 
 
 def test_other_backbone(hub, clip):
