@@ -221,10 +221,10 @@ class PromptLearner(Classifier):
 HUB_FILE = 'prompts.safetensors'
 
 def _hub_name(path:str|Path) -> tuple[str, str|None]|None: # (user/name, revision); None for what is no name on the hub
-    text = str(path).replace(os.sep, '/')
-    if not re.match('hf:/', text): return None              # a Path makes one slash of two
+    text = re.sub('^hf:/+', 'hf://', str(path).replace(os.sep, '/'))    # a Path makes one slash of two
+    if not text.startswith('hf://'): return None
     part = r'[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?'
-    if not (m := re.fullmatch(rf'hf:/+({part}/{part})(?:@([^@\s]+))?', text)): raise ValueError(f"'{text}' names no prompts on the hub; write hf://user/name or hf://user/name@revision")
+    if not (m := re.fullmatch(rf'hf://({part}/{part})(?:@([^@\s]+))?', text)): raise ValueError(f"'{text}' names no prompts on the hub; write hf://user/name or hf://user/name@revision")
     return m[1], m[2]
 
 def local_prompts(
