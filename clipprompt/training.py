@@ -157,7 +157,7 @@ def _tracking(tracker, first:int):
     def track(epoch, **values):
         if tracker is None: return
         for tag, value in values.items(): tracker.add_scalar(tag, value, epoch)
-        if hasattr(tracker, 'flush'): tracker.flush()     # TensorBoard's writer keeps points for two minutes; kill -9 would lose them
+        if hasattr(tracker, 'flush'): tracker.flush()     # a writer may keep points back (TensorBoard's up to two minutes, `flush_secs`), and kill -9 would lose them
     try: yield track
     finally:
         if own: tracker.close()

@@ -223,7 +223,7 @@ from clipprompt.data import load_dataset
 from clipprompt.learner import Recipe
 from helpers import tiny_clip
 
-folder, checkpoint, when, threads = sys.argv[2:]
+folder, checkpoint, when, threads, tracker = sys.argv[2:]
 torch.set_num_threads(int(threads))
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 if when == 'in a step':                         # the second step of epoch 3
@@ -248,7 +248,7 @@ else:                                           # half of the third checkpoint i
         if len(saved) == 3: path.write_bytes(path.read_bytes()[:-50]); die()
     training.save_file = save_file
 data = load_dataset(folder).few_shot(3)
-training.fit(CoOp(tiny_clip(), data.classnames, n_ctx=2), data, Recipe(lr=.05, epochs=6, batch_size=4), checkpoint=checkpoint, progress=False)
+training.fit(CoOp(tiny_clip(), data.classnames, n_ctx=2), data, Recipe(lr=.05, epochs=6, batch_size=4), checkpoint=checkpoint, progress=False, tracker=tracker or None)
 '''
 LONG = replace(RECIPE, epochs=6)
 
@@ -256,20 +256,23 @@ LONG = replace(RECIPE, epochs=6)
 @pytest.mark.parametrize('when', ['in a step', 'while writing', 'after the rename'])
 def test_resume_after_kill_9(when, few, clip32, tmp_path):
     "Prompts, losses and momentum go on as if nothing had happened: bit for bit the prompts of a run in one piece"
-    checkpoint, folder = tmp_path/'c', Path(few.source.root)
-    r = subprocess.run([sys.executable, '-c', KILLED, Path(__file__).parent, folder, checkpoint, when, str(torch.get_num_threads())], capture_output=True, text=True)
+    checkpoint, folder, tracker = tmp_path/'run'/'c', Path(few.source.root), str(tmp_path/'events') if TENSORBOARD else ''
+    r = subprocess.run([sys.executable, '-c', KILLED, Path(__file__).parent, folder, checkpoint, when, str(torch.get_num_threads()), tracker], capture_output=True, text=True)
     assert r.returncode == -signal.SIGKILL, r.stderr
     done = 3 if when == 'after the rename' else 2
-    assert bool(list(tmp_path.glob('.*.tmp'))) == (when == 'while writing')
+    assert bool(list(checkpoint.parent.glob('.*.tmp'))) == (when == 'while writing')
     with safe_open(checkpoint, 'pt') as f: assert f.metadata()['losses'].count(',') == done-1 and {k.split('.')[0] for k in f.keys()} == {'param', 'momentum'}
     whole, tokens = train(clip32, few, recipe=LONG)
     epochs = []
     batches = training._epoch_batches
     with pytest.MonkeyPatch.context() as m:
         m.setattr(training, '_epoch_batches', lambda *a: (epochs.append(a[-1]), batches(*a))[1])
-        resumed, again = train(clip32, few, recipe=LONG, checkpoint=checkpoint)
+        resumed, again = train(clip32, few, recipe=LONG, checkpoint=checkpoint, tracker=tracker or None)
     assert epochs == [3, 4, 5, 6][done-2:] and torch.equal(tokens, again) and resumed.losses == whole.losses
-    assert [p.name for p in tmp_path.iterdir()] == ['c']                        # the killed writer's half file is gone
+    assert [p.name for p in checkpoint.parent.iterdir()] == ['c']               # the killed writer's half file is gone
+    if tracker:                                                                 # epoch 3 was tracked before its checkpoint was lost, and is there once
+        points = events(tracker)['loss']
+        assert [s for s, _ in points] == [1, 2, 3, 4, 5, 6] and [v for _, v in points] == pytest.approx(whole.losses, rel=1e-6)
     third, same = train(clip32, few, recipe=LONG, checkpoint=checkpoint)        # finished: nothing left to do
     assert torch.equal(tokens, same) and third.losses == whole.losses
 
