@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from safetensors.torch import save_file
 
 from clipprompt import __version__
@@ -87,14 +87,19 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
 
+def point_to(monkeypatch, url):
+    "What HF_ENDPOINT does in a new process"
+    monkeypatch.setattr(constants, 'ENDPOINT', url)
+    for module in (constants, file_download): monkeypatch.setattr(module, 'HUGGINGFACE_CO_URL_TEMPLATE', url+'/{repo_id}/resolve/{revision}/{filename}', raising=False)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     "A hub without repositories, an empty cache, and a user who is logged in there and nowhere else"
     server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     server.url, server.repos, server.asked, server.status = f'http://127.0.0.1:{server.server_port}', {}, [], None
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(constants, 'ENDPOINT', server.url)
-    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', server.url+'/{repo_id}/resolve/{revision}/{filename}')
+    point_to(monkeypatch, server.url)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'hub-cache'))
     monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path/'no-token'))
     monkeypatch.setenv('HF_TOKEN', 'hf_right')
