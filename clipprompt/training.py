@@ -6,7 +6,7 @@
 __all__ = ['lr_at', 'View', 'Fit', 'fit', 'Evaluation', 'encode', 'evaluate']
 
 # %% ../nbs/06_training.ipynb #06-003
-import json, math, os
+import json, math, os, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -166,7 +166,10 @@ def _writer(folder:str|Path, first:int):
     "TensorBoard's writer, which drops points from epoch `first` on"
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError: raise ValueError(f"tracker '{folder}' needs TensorBoard, which is not installed; `pip install \"clipprompt[tensorboard]\"`, or give an object with add_scalar(tag, value, step)") from None
-    try: Path(folder).mkdir(parents=True, exist_ok=True); return SummaryWriter(folder, purge_step=first)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        while [*Path(folder).glob(f'events.out.tfevents.{int(time.time()):010d}.*')]: time.sleep(.02)   # read in the order of names, which count whole seconds
+        return SummaryWriter(folder, purge_step=first)
     except OSError as e: raise OSError(f"cannot write the tracker's folder {folder} ({e.strerror or e}); choose a folder you may write to") from None
 
 # %% ../nbs/06_training.ipynb #06-022
