@@ -308,7 +308,7 @@ for name in names:
             result = run(name, place, f'{where}/events' if tracked else None)
             with open(f'{where}/{name}.json', 'w') as f: json.dump(result, f)
             os._exit(0)
-        if kills < 6: time.sleep(seconds*random.uniform(.05, .4) + (random.random() if tracked else 0));      # a tracked run may first wait for the next second
+        if kills < 6: time.sleep(seconds*random.uniform(.05, .4) + (random.random() if tracked and kills else 0));      # a tracked run may first wait for the next second
         if kills < 6: os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status): break
