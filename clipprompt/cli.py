@@ -4,28 +4,31 @@
 
 # %% auto #0
 __all__ = ['app', 'plain', 'out', 'err', 'Model', 'Weights', 'Half', 'Cache', 'Root', 'Targets', 'Budget', 'Data', 'Task',
-           'Which', 'Skip', 'main', 'compare_command', 'sweep_command', 'rerun_command', 'Classes', 'train',
-           'evaluate_command', 'predict', 'bench_command', 'info']
+           'Which', 'Skip', 'Prompts', 'main', 'compare_command', 'sweep_command', 'rerun_command', 'Classes', 'train',
+           'evaluate_command', 'Format', 'predict', 'bench_command', 'info']
 
 # %% ../nbs/40_cli.ipynb #40-003
-import sys, warnings
+import csv, io, json, sys, warnings
 from dataclasses import replace
 from enum import Enum
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import torch
 import typer
 from PIL import Image, UnidentifiedImageError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from . import __version__
 from .backbone import Backbone, load_backbone
 from .bench import CASES, bench, speed_table
 from .data import DataSet, load_dataset, test_transform, to_rgb
-from .learner import check_writable, read_prompts
+from .learner import PromptLearner, check_writable, local_prompts, read_prompts, write_safely
 from .protocols import PROTOCOLS, SCORES, protocol, read_records, rerun, write_table
 from .report import METHODS, TASKS, compare, find_method, load_prompts, plot, table
 from .sweep import grid, load_run, sweep
@@ -186,22 +189,25 @@ Data = Annotated[str, typer.Argument(help="'pictograms', 'emoji', or a folder wi
 Task = Annotated[str|None, typer.Option(help=f"domain of pictograms: {'|'.join(TASKS)}|styles")]
 Which = Annotated[Classes, typer.Option(help='all classes, or the base or new half')]
 Skip = Annotated[bool, typer.Option('--skip-broken', help='leave unreadable images out instead of stopping')]
+Prompts = Annotated[str, typer.Argument(help="file from `clipprompt train`, or hf://user/name[@revision] from the Hugging Face hub")]
 
-def _data(name:str, task:str|None, classes:Classes, shots:int|None=None, seed:int=1, skip_broken:bool=False) -> DataSet:
-    data = load_dataset(name, task=task, skip_broken=skip_broken) if task else load_dataset(name, skip_broken=skip_broken)
+def _data(name:str, task:str|None, classes:Classes, shots:int|None=None, seed:int=1, skip_broken:bool=False, root:Path|None=None) -> DataSet:
+    given = {k: v for k, v in dict(task=task, root=root).items() if v}
+    data = load_dataset(name, skip_broken=skip_broken, **given)
     if shots: data = data.few_shot(shots, seed)
     return {'all': lambda: data, 'base': data.base, 'new': data.new}[classes.value]()
 
 @app.command()
 def train(
-    data:Data='pictograms', task:Task=None,
+    data:Data='pictograms', task:Task=None, root:Root=None,
     method:Annotated[str, typer.Option(help=', '.join(METHODS))]='coop',
     shots:Annotated[int|None, typer.Option(min=1, help='images per class; all where not given')]=None,
     classes:Which=Classes.all,
     seed:Annotated[int, typer.Option(help='of the draw, the start and the order')]=1,
     epochs:Annotated[int|None, typer.Option(min=1, help="instead of the method's own number")]=None,
     out_file:Annotated[Path, typer.Option('--out', help='where the prompts go')]=Path('prompts.safetensors'),
-    checkpoint:Annotated[Path|None, typer.Option(help='write the state after each epoch here, and go on from it')]=None,
+    checkpoint:Annotated[str|None, typer.Option(help='file, or folder with a / at its end, for the state after each epoch; an interrupted run goes on from it')]=None,
+    tracker:Annotated[Path|None, typer.Option(help='folder for TensorBoard: loss and learning rate of each epoch')]=None,
     skip_broken:Skip=False,
     model:Model='picto-clip', pretrained:Weights=None, precision:Half=None, cache:Cache=None,
 ):
@@ -210,66 +216,137 @@ def train(
     Examples:  clipprompt train --task pixels --shots 16     clipprompt train photos/ --out photos.safetensors
     """
     check_writable(out_file)
-    m, backbone, pictures = find_method(method), load_backbone(model, pretrained, precision=precision, cache=cache), _data(data, task, classes, shots, seed, skip_broken)
+    m, backbone, pictures = find_method(method), load_backbone(model, pretrained, precision=precision, cache=cache), _data(data, task, classes, shots, seed, skip_broken, root)
     recipe = replace(m.recipe or m.cls.recipe('few-shot', shots or 16, pictures.name), epochs=epochs) if epochs else None
-    learner = m.train(backbone, pictures, seed, recipe, checkpoint, progress=True)
+    learner = m.train(backbone, pictures, seed, recipe, checkpoint, progress=True, tracker=tracker)
     learner.save(out_file)
     out.print(f'{method} on {pictures}: test accuracy {evaluate(learner, pictures).accuracy:.1f} %; wrote {out_file}')
 
-def _backbone_of(prompts:Path, pretrained:str|None, precision:str|None, cache:Path|None=None) -> Backbone:
+def _backbone_of(prompts:str|Path, pretrained:str|None, precision:str|None, cache:Path|None=None, told:str|None=None) -> Backbone:
     "The backbone that a prompt file was trained on; `pretrained` says where its weights are now, if they came from a file"
     made_on = read_prompts(prompts)[0]['backbone']
     name, _, weights = made_on.partition('/')
     try: return load_backbone(name, pretrained or weights or None, precision=precision, cache=cache)
-    except (ValueError, OSError) as e: raise ValueError(f'{prompts} was trained on {made_on}: {e}') from None
+    except (ValueError, OSError) as e: raise ValueError(f'{told or prompts} was trained on {made_on}: {e}') from None
 
 @app.command('evaluate')
 def evaluate_command(
-    prompts:Annotated[Path, typer.Argument(help='file from `clipprompt train`')],
-    data:Data='pictograms', task:Task=None, classes:Which=Classes.all, skip_broken:Skip=False,
+    prompts:Prompts,
+    data:Data='pictograms', task:Task=None, root:Root=None, classes:Which=Classes.all, skip_broken:Skip=False,
+    per_class:Annotated[bool, typer.Option('--per-class', help='a line for each class as well, the hardest first')]=False,
     pretrained:Weights=None, precision:Half=None, cache:Cache=None,
 ):
     """Score a prompt file on a test set, with that set's class names.
 
-    Example:  clipprompt evaluate prompts.safetensors pictograms --task pixels --classes new
+    Examples:  clipprompt evaluate prompts.safetensors pictograms --task pixels --classes new     clipprompt evaluate photos.safetensors photos/ --per-class
     """
-    learner, pictures = load_prompts(prompts, _backbone_of(prompts, pretrained, precision, cache)), _data(data, task, classes, skip_broken=skip_broken)
+    file = local_prompts(prompts)
+    learner, pictures = load_prompts(file, _backbone_of(file, pretrained, precision, cache, prompts)), _data(data, task, classes, skip_broken=skip_broken, root=root)
     if [c.replace('_', ' ') for c in pictures.classnames] != learner.classnames: learner = learner.for_classes(pictures.classnames)
-    out.print(f'{learner.method} on {pictures}: {evaluate(learner, pictures).accuracy:.2f} %')
+    scores = evaluate(learner, pictures)
+    out.print(f'{learner.method} on {pictures}: {scores.accuracy:.2f} % ({int(scores.hits.sum())} of {len(scores.hits)})')
+    if per_class:
+        rows = pd.DataFrame({'class': learner.classnames, 'images': torch.bincount(scores.labels, minlength=len(learner.classnames)).tolist(), '%': scores.per_class().tolist()})
+        _show(rows.sort_values('%', kind='stable').assign(**{'%': lambda t: t['%'].map(lambda x: f'{x:.1f}')}))
 
-# %% ../nbs/40_cli.ipynb #40-012
-def _open(path:Path) -> Image.Image|None:
-    if path.is_dir(): raise ValueError(f'{path} is a folder; give image files')
+# %% ../nbs/40_cli.ipynb #40-013
+def _images(paths:list[str]) -> list[Path]:
+    "Files; for a folder all images below it, for a pattern the images it matches, each sorted"
+    found, image = [], lambda f: f.suffix.lower() in IMG_EXTENSIONS and not f.name.startswith('.') and f.is_file()
+    for path in map(str, paths):
+        p = Path(path).expanduser()
+        if p.is_dir(): these, lack = sorted(f for f in p.rglob('*') if image(f)), f'the folder {path} holds no images ({" ".join(IMG_EXTENSIONS)}); check the path'
+        elif has_magic(path) and not p.exists(): these, lack = sorted(f for f in map(Path, glob(str(p), recursive=True)) if image(f)), f"no image matches '{path}'; check the pattern, with ** for all folders below"
+        else: these, lack = [p], ''
+        if not these: raise FileNotFoundError(lack)
+        found += these
+    return found
+
+def _names(text:str) -> list[str]:
+    "Class names: a file with one per line, or a list with commas"
+    path = Path(text).expanduser()
+    if ',' in text or not (path.is_file() or path.suffix == '.txt'): return [c.strip() for c in text.split(',')]
+    try: names = [line.strip() for line in path.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
+    except FileNotFoundError: raise FileNotFoundError(f'there is no file {text} of class names; check the path, or give names with commas') from None
+    except (UnicodeDecodeError, OSError) as e: raise ValueError(f'cannot read class names from {text} ({e}); save it as UTF-8 text, one name per line') from None
+    if not names: raise ValueError(f'{text} holds no class names; write one per line')
+    return names
+
+def _open(path:Path) -> Image.Image:
     try:
         with Image.open(path) as image: return to_rgb(image)
-    except FileNotFoundError: raise FileNotFoundError(f'there is no image {path}') from None
-    except (UnidentifiedImageError, OSError, ValueError) as e: raise ValueError(f'cannot read the image {path} ({e}); repair it, or use --skip-broken') from None
+    except FileNotFoundError: raise FileNotFoundError(f'there is no image {path}; check the path') from None
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as e: raise ValueError(f'cannot read the image {path} ({e}); repair it, or use --skip-broken') from None
+
+# %% ../nbs/40_cli.ipynb #40-015
+@torch.no_grad()
+def _predict(learner:PromptLearner, paths:list[Path], top:int, batch:int, skip_broken:bool):
+    "(path, [(class, probability)], '') or (path, [], what is wrong with it), in order"
+    learner, transform, k = learner.eval(), test_transform(learner.backbone), min(top, len(learner.classnames))
+    text = learner.text_features()
+    for i in range(0, len(paths), batch):
+        tensors, wrong = [], {}
+        for path in paths[i:i+batch]:
+            try: tensors.append(transform(_open(path)))
+            except (ValueError, OSError) as e:
+                if not skip_broken: raise
+                wrong[path] = str(e)
+        if tensors:
+            features = learner.image_features(torch.stack(tensors).to(learner.backbone.device))
+            p, c = learner.logits(features, text).float().softmax(-1).topk(k)
+            rows = iter(zip(p.tolist(), c.tolist()))
+        for path in paths[i:i+batch]:
+            yield path, [] if path in wrong else [(learner.classnames[j], x) for x, j in zip(*next(rows))], wrong.get(path, '')
+
+# %% ../nbs/40_cli.ipynb #40-017
+class Format(str, Enum): text, json, csv = 'text', 'json', 'csv'
+
+def _as_json(rows, **about) -> str:
+    images = [dict(image=str(f), top=[{'class': c, 'probability': round(x, 6)} for c, x in top]) for f, top, wrong in rows if not wrong]
+    return json.dumps(about | dict(images=images, errors=[dict(image=str(f), error=wrong) for f, _, wrong in rows if wrong]), indent=1, ensure_ascii=False)+'\n'
+
+def _as_csv(rows) -> str:
+    table = csv.writer(text := io.StringIO(), lineterminator='\n')
+    table.writerow(['image', 'rank', 'class', 'probability'])
+    table.writerows([f, i+1, c, f'{x:.6f}'] for f, top, _ in rows for i, (c, x) in enumerate(top))
+    return text.getvalue()
+
+def _as_line(path:Path, top:list[tuple[str, float]]) -> str: return f'{path}: ' + ', '.join(f'{c} {100*x:.1f} %' for c, x in top)
 
 @app.command()
 def predict(
-    prompts:Annotated[Path, typer.Argument(help='file from `clipprompt train`')],
-    images:Annotated[list[Path], typer.Argument(help='image files')],
-    classes:Annotated[str|None, typer.Option(help='other class names, comma-separated')]=None,
+    prompts:Prompts,
+    images:Annotated[list[str], typer.Argument(help='image files, folders, or patterns in quotes')],
+    classes:Annotated[str|None, typer.Option(help='other class names: with commas, or a text file with one per line')]=None,
     top:Annotated[int, typer.Option(min=1, help='classes to show per image')]=3,
+    form:Annotated[Format, typer.Option('--format', help='text for people, json or csv for programs')]=Format.text,
+    out_file:Annotated[Path|None, typer.Option('--out', help='write there, all at once, instead of to standard output')]=None,
+    batch:Annotated[int, typer.Option(min=1, help='images that go through the tower together')]=32,
     skip_broken:Skip=False, pretrained:Weights=None, precision:Half=None,
 ):
     """Name what is on images, with probabilities.
 
-    Examples:  clipprompt predict prompts.safetensors a.png b.jpg     clipprompt predict prompts.safetensors a.png --classes "camera,key"
+    Examples:  clipprompt predict prompts.safetensors a.png b.jpg     clipprompt predict prompts.safetensors photos/ --format json --out photos.json     clipprompt predict prompts.safetensors a.png --classes "camera,key"
     """
-    backbone = _backbone_of(prompts, pretrained, precision)
-    learner = load_prompts(prompts, backbone)
-    if classes is not None: learner = learner.for_classes([c.strip() for c in classes.split(',')])
-    transform = test_transform(backbone)
-    for path in images:
-        try: image = _open(path)
-        except (ValueError, OSError) as e:
-            if not skip_broken: raise
-            err.print(f'skipped: {e}'); continue
-        with torch.no_grad(): p, c = learner.eval()(transform(image)[None].to(backbone.device))[0].softmax(-1).topk(min(top, len(learner.classnames)))
-        out.print(f'{path}: ' + ', '.join(f'{learner.classnames[i]} {100*x:.1f} %' for x, i in zip(p.tolist(), c.tolist())))
+    if out_file: check_writable(out_file)
+    names, paths, file = None if classes is None else _names(classes), _images(images), local_prompts(prompts)
+    learner = load_prompts(file, _backbone_of(file, pretrained, precision, told=prompts))
+    if names is not None: learner = learner.for_classes(names)
+    rows, now = [], form is Format.text and not out_file           # text appears batch by batch
+    for path, best, wrong in _predict(learner, paths, top, batch, skip_broken):
+        rows.append((path, best, wrong))
+        if wrong: err.print(f'skipped: {wrong}')
+        elif now: out.print(_as_line(path, best))
+    read = sum(not wrong for *_, wrong in rows)
+    text = {'json': lambda: _as_json(rows, prompts=prompts, method=learner.method, backbone=learner.backbone.name, classes=learner.classnames),
+            'csv': lambda: _as_csv(rows), 'text': lambda: ''.join(_as_line(f, best)+'\n' for f, best, wrong in rows if not wrong)}[form.value]()
+    if out_file:
+        write_safely(out_file, lambda tmp: tmp.write_text(text, encoding='utf-8'))
+        out.print(f'wrote {out_file}: {read} of {len(rows)} images')
+    elif not now: sys.stdout.write(text)
+    if not read: raise ValueError(f'none of the {len(rows)} images can be read; check the files')
 
-# %% ../nbs/40_cli.ipynb #40-014
+# %% ../nbs/40_cli.ipynb #40-019
 @app.command('bench')
 def bench_command(
     cases:Annotated[str, typer.Option(help='comma-separated: ' + ', '.join(CASES))]=','.join(CASES),
@@ -286,7 +363,7 @@ def bench_command(
     _show(speed_table(bench(_list(cases, what='cases'), quick, repeats, device, precision, json_file)))
     if json_file: out.print(f'wrote {json_file}')
 
-# %% ../nbs/40_cli.ipynb #40-016
+# %% ../nbs/40_cli.ipynb #40-021
 @app.command()
 def info(prompts:Annotated[Path|None, typer.Argument(help='a prompt file to describe')]=None):
     """What is installed, or what a prompt file holds.

@@ -48,12 +48,12 @@ class Method:
         setting = {'cross': 'cross-dataset', 'domain': 'domain-generalisation'}.get(protocol, protocol)
         return self.recipe or (self.cls.recipe(setting, shots, dataset) if self.cls.recipe.__func__ is not PromptLearner.recipe.__func__ else None)
 
-    def train(self, backbone:Backbone, data:DataSet, seed:int, recipe:Recipe|None=None, checkpoint:str|None=None, progress:bool=False) -> PromptLearner:
+    def train(self, backbone:Backbone, data:DataSet, seed:int, recipe:Recipe|None=None, checkpoint:str|Path|None=None, progress:bool=False, tracker=None) -> PromptLearner:
         "A learner trained on the data set's training split"
         seeded = dict(seed=seed) if any('seed' in signature(c).parameters for c in self.cls.__mro__[:-1]) else {}
         learner = self.cls(backbone, data.classnames, **(self.hparams or {}), **seeded)
         if hasattr(learner, 'choose'): learner = learner.choose(data)
-        fit(learner, data, recipe or self.recipe, seed, checkpoint, progress)
+        fit(learner, data, recipe or self.recipe, seed, checkpoint, progress, tracker=tracker)
         return learner
 
 # %% ../nbs/07_protocols.ipynb #07-012
@@ -84,7 +84,7 @@ def few_shot(
     shots:int=16,             # K training images per class
     seed:int=1,               # of the draw, the order, the augmentation and the initialisation
     recipe:Recipe|None=None,  # overrides the method's
-    **how,                    # checkpoint and progress, for `Method.train`
+    **how,                    # checkpoint, progress, tracker, for `Method.train`
 ) -> dict:
     "Train on K images of every class, test on all classes; `accuracy` in percent (Zhou et al. 2022, CoOp, section 4.1)"
     start, data = perf_counter(), draw(data, shots, seed)
@@ -203,7 +203,7 @@ def rerun(rec:dict,
     root:str|Path|None=None,        # where the data lie now, if they moved
     pretrained:str|Path|None=None,  # where the weights lie now
     device:str|None=None,
-    **how,                          # checkpoint and progress, for `Method.train`
+    **how,                          # checkpoint, progress, tracker, for `Method.train`
 ) -> dict: # a record
     "Run a record again. Raises ValueError if data or weights are not what they were, or the record does not say how it was made"
     if not (rec.get('data') and rec.get('marks')): raise ValueError(f"record {rec['run']} does not say where its data came from: they were made in memory; call `record` with them")

@@ -6,7 +6,8 @@
 __all__ = ['lr_at', 'View', 'Fit', 'fit', 'Evaluation', 'encode', 'evaluate']
 
 # %% ../nbs/06_training.ipynb #06-003
-import json, math
+import json, math, os, time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset
 from tqdm.auto import tqdm
 
 from .data import DataSet, Pictures, test_transform, train_transform
-from .learner import Classifier, PromptLearner, Recipe, frozen_key, keep, write_safely
+from .learner import Classifier, PromptLearner, Recipe, check_writable, frozen_key, keep, remove_leftovers, write_safely
 from .prompts import clean_names
 
 # %% ../nbs/06_training.ipynb #06-005
@@ -102,11 +103,12 @@ def fit(
     data:DataSet,                  # its training split is used
     recipe:Recipe|None=None,       # the method's 16-shot recipe by default
     seed:int=0,                    # of order and augmentation
-    checkpoint:str|Path|None=None, # file to write after each epoch and to resume from
+    checkpoint:str|Path|None=None, # file to write after each epoch and to resume from; in a folder (one that exists, or a name that ends in /) it is called checkpoint.safetensors. One run each
     progress:bool=True,            # show a bar
     views:int|None=None,           # instead of the recipe's: V fixed views of each image replace fresh augmentation in each epoch
+    tracker=None,                  # a folder for TensorBoard, or any object with add_scalar(tag, value, step): gets loss, learning rate and, where the recipe selects by it, test accuracy of each epoch
 ) -> Fit:
-    "Train the learner's parameters. Raises FloatingPointError on a loss that is not finite, ValueError on a foreign checkpoint"
+    "Train the learner's parameters. Raises FloatingPointError on a loss that is not finite, ValueError on a foreign checkpoint or a tracker that is none"
     recipe, start, device = recipe or learner.recipe(), perf_counter(), learner.backbone.device
     losses, tested, best = [], [], {}
     if views: recipe = replace(recipe, views=views)
@@ -116,17 +118,19 @@ def fit(
     elif params := list(learner.parameters()):
         optimizer = torch.optim.SGD(params, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
         run = dict(method=learner.method, hparams=learner.hparams, recipe=asdict(recipe), seed=seed, data=data.fingerprint, fingerprint=learner.backbone.fingerprint, precision=learner.backbone.precision, step=getattr(learner.training_step, 'settings', None))
-        if checkpoint: losses, tested, best = _resume(checkpoint, learner, optimizer, run)
-        epochs = _epochs(learner, data, recipe, seed, first=len(losses)+1)
-        for epoch, batches in (bar := tqdm(epochs, learner.method, recipe.epochs, initial=len(losses), unit='epoch', disable=not progress, leave=False)):
-            for group in optimizer.param_groups: group['lr'] = lr_at(recipe, epoch)
-            losses.append(_train(learner, batches, optimizer, epoch, 1_000_003*seed + 500_000 + epoch))
-            bar.set_postfix(loss=f'{losses[-1]:.3f}')
-            if recipe.select == 'best_on_test':
-                tested.append(evaluate(learner, data).accuracy)
-                if tested[-1] > max(tested[:-1], default=-1): best = {n: p.detach().clone() for n, p in learner.named_parameters()}
-                learner.train()
-            if checkpoint: _checkpoint(checkpoint, learner, optimizer, run, losses, tested, best)
+        if checkpoint := _checkpoint_file(checkpoint): losses, tested, best = _resume(checkpoint, learner, optimizer, run)
+        with _tracking(tracker, len(losses)+1) as track:
+            epochs = _epochs(learner, data, recipe, seed, first=len(losses)+1)
+            for epoch, batches in (bar := tqdm(epochs, learner.method, recipe.epochs, initial=len(losses), unit='epoch', disable=not progress, leave=False)):
+                for group in optimizer.param_groups: group['lr'] = lr_at(recipe, epoch)
+                losses.append(_train(learner, batches, optimizer, epoch, 1_000_003*seed + 500_000 + epoch))
+                bar.set_postfix(loss=f'{losses[-1]:.3f}')
+                if recipe.select == 'best_on_test':
+                    tested.append(evaluate(learner, data).accuracy)
+                    if tested[-1] > max(tested[:-1], default=-1): best = {n: p.detach().clone() for n, p in learner.named_parameters()}
+                    learner.train()
+                track(epoch, loss=losses[-1], learning_rate=lr_at(recipe, epoch), **({'test_accuracy': tested[-1]} if tested else {}))
+                if checkpoint: _checkpoint(checkpoint, learner, optimizer, run, losses, tested, best)
         if best: learner.load_state_dict(best)
     learner.eval()
     return Fit(recipe, seed, losses, perf_counter()-start, learner.backbone.precision or str(learner.backbone.dtype)[6:], tested)
@@ -143,6 +147,40 @@ def _train(learner:PromptLearner, batches, optimizer, epoch:int, seed:int) -> fl
     return sum(losses)/len(losses)
 
 # %% ../nbs/06_training.ipynb #06-020
+@contextmanager
+def _tracking(tracker, first:int):
+    "A function (epoch, **values) that passes values on; epochs from `first` on are yet to come"
+    own = isinstance(tracker, (str, os.PathLike))
+    if own: tracker = _writer(tracker, first)
+    elif tracker is not None and not callable(getattr(tracker, 'add_scalar', None)):
+        raise ValueError(f'tracker is of type {type(tracker).__name__}; give a folder, or an object with add_scalar(tag, value, step)')
+    def track(epoch, **values):
+        if tracker is None: return
+        for tag, value in values.items(): tracker.add_scalar(tag, value, epoch)
+        if hasattr(tracker, 'flush'): tracker.flush()     # a writer may keep points back (TensorBoard's up to two minutes, `flush_secs`), and kill -9 would lose them
+    try: yield track
+    finally:
+        if own: tracker.close()
+
+def _writer(folder:str|Path, first:int):
+    "TensorBoard's writer, which drops points from epoch `first` on"
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError: raise ValueError(f"tracker '{folder}' needs TensorBoard, which is not installed; `pip install \"clipprompt[tensorboard]\"`, or give an object with add_scalar(tag, value, step)") from None
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        while [*Path(folder).glob(f'events.out.tfevents.{int(time.time()):010d}.*')]: time.sleep(.02)   # read in the order of names, which count whole seconds
+        return SummaryWriter(folder, purge_step=first)
+    except OSError as e: raise OSError(f"cannot write the tracker's folder {folder} ({e.strerror or e}); choose a folder you may write to") from None
+
+# %% ../nbs/06_training.ipynb #06-022
+def _checkpoint_file(path:str|Path|None) -> Path|None:
+    "The file itself where a folder is given; raises now what would fail after the first epoch"
+    if path is None or str(path) == '': return None
+    if Path(path).is_dir() or str(path).endswith(('/', os.sep)): path = Path(path)/'checkpoint.safetensors'
+    check_writable(path)
+    remove_leftovers(path)   # of a writer that was killed
+    return Path(path)
+
 def _checkpoint(path, learner, optimizer, run, losses, tested, best):
     state = {f'param.{n}': p.detach().contiguous() for n, p in learner.named_parameters()} | {f'best.{n}': p for n, p in best.items()}
     state |= {f'momentum.{n}': b for n, p in learner.named_parameters() if (b := optimizer.state[p].get('momentum_buffer')) is not None}
@@ -163,7 +201,7 @@ def _resume(path, learner, optimizer, run) -> tuple[list[float], list[float], di
             if f'momentum.{n}' in state: optimizer.state[p]['momentum_buffer'] = state[f'momentum.{n}'].to(p)
     return json.loads(meta['losses']), json.loads(meta.get('tested', '[]')), {k[5:]: v.to(learner.backbone.device) for k, v in state.items() if k.startswith('best.')}
 
-# %% ../nbs/06_training.ipynb #06-022
+# %% ../nbs/06_training.ipynb #06-024
 @dataclass
 class Evaluation:
     "Scores of a test set"

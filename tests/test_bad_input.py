@@ -91,7 +91,7 @@ def test_unreadable_image_in_predict(damaged, prompts):
     r = works('predict', prompts/'coop.safetensors', bad, good, '--skip-broken')
     assert len(r.said) == 1 and '1.png' in r.said[0] and r.out.count('\n') == 1 and '2.png' in r.out, r
     refused('predict', prompts/'coop.safetensors', damaged/'gone.png', says=['there is no image', 'gone.png'])
-    refused('predict', prompts/'coop.safetensors', damaged, says=['photos', 'folder'])
+    refused('predict', prompts/'coop.safetensors', damaged, says=['cannot read', '1.png', '--skip-broken'])      # a folder stands for its images
 
 
 # ---- counts --------------------------------------------------------------------------------------------------------
@@ -364,6 +364,92 @@ def test_wrong_arguments(clip, call, says):
 def test_loss_that_is_not_finite(clip, few):
     with pytest.raises(FloatingPointError) as e: fit(CoOp(clip, few.classnames, n_ctx=2), few, Recipe(epochs=5, warmup_lr=1e38, lr=1e38, batch_size=4), progress=False)
     one_line(e, 'loss is nan', 'lower the learning rate')
+
+
+# ---- predict: images, names, places ---------------------------------------------------------------------------------
+
+def no_pictures(tmp): (tmp/'texts').mkdir(); (tmp/'texts'/'a.txt').write_text('x'); return tmp/'texts', ['holds no images', 'texts', '.png']
+def no_match(tmp): return f'{tmp}/*.jpeg', ['no image matches', '*.jpeg', 'check the pattern']
+def no_file(tmp): return tmp/'gone'/'a.png', ['there is no image', 'a.png', 'check the path']
+def no_picture(tmp): (tmp/'a.png').write_text('x'); return tmp/'a.png', ['cannot read', 'a.png', '--skip-broken']
+def no_bytes(tmp): (tmp/'a.png').touch(); return tmp/'a.png', ['cannot read', 'a.png', '--skip-broken']
+
+@pytest.mark.parametrize('make', [no_pictures, no_match, no_file, no_picture, no_bytes])
+@pytest.mark.parametrize('form', ['text', 'json', 'csv'])
+def test_predict_without_a_picture(prompts, tmp_path, make, form):
+    "Nothing is written, neither to standard output nor to a file"
+    what, says = make(tmp_path)
+    r = refused('predict', prompts/'coop.safetensors', what, '--format', form, says=says)
+    refused('predict', prompts/'coop.safetensors', what, '--format', form, '--out', tmp_path/'out', says=says)
+    assert r.out == '' and not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('form', ['text', 'json', 'csv'])
+def test_predict_when_nothing_can_be_read(prompts, tmp_path, form):
+    for i in range(2): (tmp_path/f'{i}.png').write_text('x')
+    from helpers import clipprompt
+    r = clipprompt('predict', prompts/'coop.safetensors', tmp_path, '--skip-broken', '--format', form)
+    assert r.code == 1 and [l.split(':')[0] for l in r.said] == ['skipped', 'skipped', 'error'] and 'none of the 2 images' in r.said[2], r
+
+
+def test_too_large_a_picture(prompts, tmp_path, monkeypatch):
+    "What PIL takes for a decompression bomb"
+    Image.new('L', (60, 60)).save(tmp_path/'a.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    refused('predict', prompts/'coop.safetensors', tmp_path/'a.png', says=['cannot read', 'a.png', 'exceeds limit', '--skip-broken'])
+
+
+@pytest.mark.parametrize('content,says', [(None, ['no file', 'n.txt', 'check the path']), (b'', ['n.txt', 'no class names', 'one per line']), (b' \n\n', ['n.txt', 'no class names']),
+                                          (b'caf\xe9\ncat', ['n.txt', 'UTF-8']), (b'cat\ncat', ["'cat' is given twice"])], ids='missing empty blank latin1 twice'.split())
+def test_file_of_class_names(prompts, photos, tmp_path, content, says):
+    if content is not None: (tmp_path/'n.txt').write_bytes(content)
+    refused('predict', prompts/'coop.safetensors', photos/'disc'/'0.png', '--classes', tmp_path/'n.txt', says=says)
+
+
+def test_predict_checks_the_place_first(prompts, photos, barred, tmp_path, monkeypatch):
+    from clipprompt import cli
+    monkeypatch.setattr(cli, 'load_prompts', never)
+    refused('predict', prompts/'coop.safetensors', photos, '--out', barred/'x.json', says=['cannot write', 'choose a folder you may write to'])
+    refused('predict', prompts/'coop.safetensors', photos, '--out', tmp_path, says=['cannot write', 'is a folder', 'choose a file name'])
+
+
+@pytest.mark.parametrize('args', [('--format', 'xml'), ('--batch', '0'), ('--batch', 'x'), ('--top', '0')], ids=' '.join)
+def test_predict_usage(prompts, photos, args): refused('predict', prompts/'coop.safetensors', photos, *args, code=2)
+
+
+# ---- trackers and checkpoints -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('tracker', [3, [], object(), dict(add_scalar=1)], ids='number list object dict'.split())
+def test_no_tracker(clip, few, tracker):
+    with pytest.raises(ValueError) as e: fit(CoOp(clip, few.classnames, n_ctx=2), few, RECIPE, progress=False, tracker=tracker)
+    one_line(e, 'tracker', type(tracker).__name__, 'add_scalar')
+
+
+def test_tracker_without_tensorboard(photos, clip, few, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)      # as where it is not installed
+    with pytest.raises(ValueError) as e: fit(CoOp(clip, few.classnames, n_ctx=2), few, RECIPE, progress=False, tracker=tmp_path/'t')
+    one_line(e, 'not installed', 'pip install "clipprompt[tensorboard]"', 'add_scalar')
+    refused('train', photos, '--shots', 2, '--epochs', 1, '--out', tmp_path/'p', '--tracker', tmp_path/'t', says=['not installed', 'pip install'])
+    assert not (tmp_path/'p').exists() and not (tmp_path/'t').exists()
+
+
+def test_tracker_that_cannot_be_written(photos, barred, tmp_path):
+    pytest.importorskip('tensorboard')
+    for place in (barred, barred.parent): refused('train', photos, '--shots', 2, '--epochs', 1, '--out', tmp_path/'p', '--tracker', place, says=['cannot write', str(place), 'choose a folder you may write to'])
+
+
+def test_checkpoint_is_checked_before_the_first_epoch(photos, barred, tmp_path, monkeypatch):
+    from clipprompt import training
+    monkeypatch.setattr(training, '_train', never)
+    for place in (barred, f'{barred}/'): refused('train', photos, '--shots', 2, '--epochs', 1, '--out', tmp_path/'p', '--checkpoint', place, says=['cannot write', 'choose a folder you may write to'])
+
+
+# ---- the root of a data set --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('command', ['train', 'evaluate'])
+def test_root_that_is_not_there(prompts, tmp_path, command):
+    args = [prompts/'coop.safetensors'] if command == 'evaluate' else []
+    refused(command, *args, 'photos', '--root', tmp_path/'gone', says=['gone', 'check the path'])
 
 
 # ---- the command itself --------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Frozen features on disk: the same numbers, never a wrong file, never two writers in each other's way. Half precision."""
 import multiprocessing as mp
+import time
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ def clip(tmp_path):
     clip.cache = tmp_path/'cache'
     return clip
 
-def files(clip): return sorted(clip.cache.glob('*'))
+def files(clip): return sorted(clip.cache.glob('*.safetensors'))
 
 def never(): raise AssertionError('computed although it was kept')
 
@@ -114,7 +115,22 @@ def test_two_processes_share_a_folder(tmp_path):
     ps = [ctx.Process(target=_writer, args=(tmp_path, i, 40)) for i in range(3)]
     for p in ps: p.start()
     for p in ps: p.join()
-    assert [p.exitcode for p in ps] == [0]*3 and len(list(tmp_path.iterdir())) == 40           # and no temporary file left
+    assert [p.exitcode for p in ps] == [0]*3 and len([p for p in tmp_path.iterdir() if p.suffix != '.lock']) == 40           # and no temporary file left
+
+
+def _maker(folder, log):
+    def make():
+        with open(log, 'a') as f: f.write('made\n')
+        time.sleep(.5)
+        return dict(x=torch.ones(3))
+    assert keep(folder, dict(k=1), make)['x'].sum() == 3
+
+def test_one_computes_and_the_others_wait(tmp_path):
+    ctx = mp.get_context('spawn')
+    ps = [ctx.Process(target=_maker, args=(tmp_path/'cache', tmp_path/'log')) for _ in range(3)]
+    for p in ps: p.start()
+    for p in ps: p.join()
+    assert [p.exitcode for p in ps] == [0]*3 and (tmp_path/'log').read_text() == 'made\n'
 
 
 def test_unwritable_cache_says_so(tmp_path):

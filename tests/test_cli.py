@@ -1,4 +1,6 @@
 """The command line does what its help says: tables, figures, files, round trips, and an interruption that loses nothing finished."""
+import io
+import json
 import os
 import re
 import signal
@@ -241,6 +243,122 @@ def test_predict_other_classes_and_top(trained, photos):
     if not METHODS[method].cls.transfers: pytest.skip('belongs to its classes')
     names = re.findall(r'(\w[\w ]*) [\d.]+ %', works('predict', path, photos/'disc'/'0.png', '--classes', ' cat,guide_dog, eel', '--top', 2).out.split(': ', 1)[1])
     assert len(names) == 2 and set(names) < {'cat', 'guide dog', 'eel'}
+
+
+@pytest.fixture(scope='module')
+def coop(photos, tmp_path_factory):
+    path = tmp_path_factory.mktemp('prompts')/'coop.safetensors'
+    works('train', photos, '--shots', 3, '--epochs', 2, '--out', path)
+    return path
+
+def shown(r): return [line.rsplit(': ', 1)[0] for line in r.out.splitlines()]
+
+def test_predict_folders_and_patterns(coop, photos, tmp_path):
+    "A folder is all its images in sorted order; a pattern what it matches; what is no image is left out, and the order of arguments kept"
+    all_of = [str(p) for p in sorted(photos.rglob('*.png'))]
+    assert len(all_of) == 24 and shown(works('predict', coop, photos)) == all_of
+    assert shown(works('predict', coop, f'{photos}/**/*.png')) == all_of and shown(works('predict', coop, f'{photos}/r*/[01].png')) == [str(photos/'ring'/f'{i}.png') for i in (0, 1)]
+    (tmp_path/'sub').mkdir()
+    for name in ('b.PNG', 'sub/a.png', '.hidden.png', 'notes.txt', 'a[b].png'): (tmp_path/name).write_bytes((photos/'ring'/'0.png').read_bytes())
+    mixed = works('predict', coop, photos/'ring'/'1.png', tmp_path, tmp_path/'a[b].png')
+    assert shown(mixed) == [str(p) for p in (photos/'ring'/'1.png', tmp_path/'a[b].png', tmp_path/'b.PNG', tmp_path/'sub'/'a.png', tmp_path/'a[b].png')]
+
+
+@pytest.mark.parametrize('method', ['coop', 'cocoop', 'vpt', 'metaprompt', 'variational-coop'])
+def test_batches_change_nothing(method, photos, tmp_path):
+    "The same probabilities to six digits, whatever comes through the tower together; also beside what cannot be read"
+    works('train', photos, '--method', method, '--shots', 2, '--epochs', 1, '--out', tmp_path/'p')
+    (tmp_path/'broken.png').write_text('x')
+    def read(batch): return json.loads(works('predict', tmp_path/'p', photos/'disc', tmp_path/'broken.png', photos/'ring', '--batch', batch, '--top', 4, '--format', 'json', '--skip-broken').out)
+    one = read(1)
+    assert len(one['images']) == 12 and len(one['errors']) == 1
+    for many in map(read, (5, 7, 100)):
+        assert many['errors'] == one['errors'] and [i['image'] for i in many['images']] == [i['image'] for i in one['images']]
+        p = lambda r: torch.tensor([[next(t['probability'] for t in i['top'] if t['class'] == c) for c in r['classes']] for i in r['images']])
+        assert (p(many) - p(one)).abs().max() < 5e-6
+
+
+def test_json_and_csv(coop, photos, picto, tmp_path):
+    "The same numbers in all three forms, on standard output and in a file"
+    (tmp_path/'in').mkdir()
+    strange = tmp_path/'in'/'b, "é".png'
+    strange.write_bytes((photos/'disc'/'0.png').read_bytes()), (tmp_path/'in'/'a.png').write_text('x')
+    args = ('predict', coop, tmp_path/'in', photos/'ring'/'0.png', '--top', 2, '--skip-broken')
+    said = json.loads(works(*args, '--format', 'json').out)
+    assert said['method'] == 'coop' and said['backbone'] == 'picto-clip' and said['classes'] == picto_names(coop) and said['prompts'] == str(coop)
+    assert [i['image'] for i in said['images']] == [str(strange), str(photos/'ring'/'0.png')] and [len(i['top']) for i in said['images']] == [2, 2]
+    assert [e['image'] for e in said['errors']] == [str(tmp_path/'in'/'a.png')] and 'cannot read' in said['errors'][0]['error']
+    table = pd.read_csv(io.StringIO(works(*args, '--format', 'csv').out))
+    assert list(table) == ['image', 'rank', 'class', 'probability'] and table['rank'].tolist() == [1, 2, 1, 2]
+    assert [tuple(r) for r in table[['image', 'class', 'probability']].itertuples(index=False)] == [(i['image'], t['class'], t['probability']) for i in said['images'] for t in i['top']]
+    lines = works(*args).out.splitlines()
+    assert lines == [f"{i['image']}: " + ', '.join(f"{t['class']} {100*t['probability']:.1f} %" for t in i['top']) for i in said['images']]
+    for form in ('json', 'csv', 'text'):
+        r = works(*args, '--format', form, '--out', tmp_path/'new'/f'out.{form}')
+        assert '2 of 3 images' in r.out and (tmp_path/'new'/f'out.{form}').read_text(encoding='utf-8') == works(*args, '--format', form).out
+    assert sorted(p.name for p in (tmp_path/'new').iterdir()) == ['out.csv', 'out.json', 'out.text']
+
+def picto_names(path): return read_prompts(path)[0]['classnames']
+
+
+def test_an_error_leaves_the_old_file(coop, photos, tmp_path):
+    (tmp_path/'out.json').write_text('old'), (tmp_path/'broken.png').write_text('x')
+    refused('predict', coop, photos, tmp_path/'broken.png', '--format', 'json', '--out', tmp_path/'out.json', says=['broken.png'])
+    assert (tmp_path/'out.json').read_text() == 'old'
+
+
+@pytest.mark.parametrize('text', ['cat\nguide_dog\neel', '\ufeffcat\r\n guide dog \r\n\r\neel\r\n'], ids=['plain', 'windows'])
+def test_class_names_from_a_file(coop, photos, tmp_path, text):
+    (tmp_path/'names').write_bytes(text.encode())
+    image = photos/'disc'/'0.png'
+    assert works('predict', coop, image, '--classes', tmp_path/'names').out == works('predict', coop, image, '--classes', 'cat,guide dog,eel').out
+    (tmp_path/'commas.txt').write_text('cat, black\ndog')                                    # in a file, commas belong to the name
+    assert 'cat, black ' in works('predict', coop, image, '--classes', tmp_path/'commas.txt').out
+
+
+# ---- a folder of one's own, from the first command to the last ----------------------------------------------------------
+
+def test_own_folder_from_start_to_end(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'inbox').mkdir()
+    for i, c in enumerate(('disc', 'ring')): (tmp_path/'inbox'/f'{i}.png').write_bytes((photos/c/'5.png').read_bytes())
+    r = works('train', photos, '--method', 'linear-probe')
+    assert accuracy(r) == 100 and '4 classes' in r.out and 'prompts.safetensors' in r.out
+    lines = works('predict', 'prompts.safetensors', 'inbox', '--top', 1).out.splitlines()
+    assert [re.split(r': | [\d.]+ %', l)[:2] for l in lines] == [['inbox/0.png', 'disc'], ['inbox/1.png', 'ring']]
+    r = works('evaluate', 'prompts.safetensors', photos, '--per-class')
+    assert accuracy(r) == 100 and '(8 of 8)' in r.out
+    for name in ('disc', 'two bars', 'Kreuz é', 'ring'): assert re.search(rf'{name} +2 +100\.0', r.out), r.out
+
+
+def test_per_class(coop, photos):
+    "Hardest first; the hits add up to the accuracy"
+    r = works('evaluate', coop, photos, '--per-class')
+    rows = [(int(n), float(x)) for n, x in re.findall(r' (\d+) +(\d+\.\d) *$', r.out, re.M)]
+    assert len(rows) == 4 and [x for _, x in rows] == sorted(x for _, x in rows)
+    assert sum(n*x/100 for n, x in rows) == pytest.approx(int(re.search(r'\((\d+) of 8\)', r.out)[1]))
+
+
+def test_train_tracks_and_goes_on(photos, tmp_path):
+    "--tracker writes what TensorBoard reads and changes no bit; --checkpoint takes a folder"
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    for method in ('coop', 'linear-probe', 'cocoop'):
+        train = lambda name, *more: works('train', photos, '--method', method, '--shots', 2, '--epochs', 3, '--seed', 2, '--out', tmp_path/name, *more)
+        train('a'), train('b', '--tracker', tmp_path/method, '--checkpoint', f'{tmp_path}/{method}-run/')
+        a, b = (read_prompts(tmp_path/n)[1] for n in 'ab')
+        assert all(torch.equal(a[k], b[k]) for k in a | b)
+        if method == 'linear-probe': continue                                                 # solved, not trained: no curve
+        assert [p.name for p in (tmp_path/f'{method}-run').iterdir()] == ['checkpoint.safetensors']
+        read = EventAccumulator(str(tmp_path/method)).Reload()
+        assert sorted(read.Tags()['scalars']) == ['learning_rate', 'loss'] and [e.step for e in read.Scalars('loss')] == [1, 2, 3]
+
+
+@pytest.mark.parametrize('command', ['train', 'evaluate'])
+def test_root_is_handed_on(command, photos, coop, tmp_path):
+    "A data set that is not shipped is looked for where --root says"
+    if command == 'train': works('train', photos.name, '--root', photos.parent, '--shots', 1, '--epochs', 1, '--out', tmp_path/'p')
+    else: assert works('evaluate', coop, photos.name, '--root', photos.parent).out == works('evaluate', coop, photos).out
 
 
 def test_info_about_prompts(trained):

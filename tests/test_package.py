@@ -54,7 +54,7 @@ def test_dependencies():
                    'tqdm', 'typer', 'rich'}
     assert not run & {'nbdev', 'fastcore', 'execnb'}
     extras = PYPROJECT['project']['optional-dependencies']
-    assert set(extras['pretrain']) <= set(extras['dev'])
+    assert set(extras['pretrain']) | set(extras['tensorboard']) <= set(extras['dev'])
 
 
 def test_assets():

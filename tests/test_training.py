@@ -1,4 +1,6 @@
 """Learners and training: exact, frozen where they must be, reproducible, and unharmed by a power cut."""
+import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +15,7 @@ from safetensors import safe_open
 from clipprompt import training
 from clipprompt.coop import CoOp
 from clipprompt.data import load_dataset, test_transform
-from clipprompt.learner import PromptLearner, Recipe
+from clipprompt.learner import PromptLearner, Recipe, write_safely
 from clipprompt.protocols import base_to_new, few_shot
 from clipprompt.report import METHODS, load_prompts
 from clipprompt.training import encode, evaluate, fit, lr_at
@@ -22,6 +24,7 @@ from helpers import TINY, shapes, tiny_clip
 
 NAMES = ['a', 'guide dog', 'eel', 'a small red bird with a very long tail that sits on the branch of an old tree', 'cat']
 RECIPE = Recipe(lr=.05, epochs=3, batch_size=4)
+TENSORBOARD = importlib.util.find_spec('tensorboard') is not None
 
 
 @pytest.fixture(scope='module')
@@ -220,7 +223,7 @@ from clipprompt.data import load_dataset
 from clipprompt.learner import Recipe
 from helpers import tiny_clip
 
-folder, checkpoint, when, threads = sys.argv[2:]
+folder, checkpoint, when, threads, tracker = sys.argv[2:]
 torch.set_num_threads(int(threads))
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 if when == 'in a step':                         # the second step of epoch 3
@@ -230,6 +233,13 @@ if when == 'in a step':                         # the second step of epoch 3
         if len(steps) == 8: die()
         return step(self, batch, optimizer)
     CoOp.training_step = training_step
+elif when == 'after the rename':                # the third checkpoint has just got its name
+    replace, replaced = os.replace, []
+    def os_replace(a, b):
+        replace(a, b)
+        replaced.append(str(b).endswith('.check'))
+        if replaced.count(False) == 3: die()
+    os.replace = os_replace
 else:                                           # half of the third checkpoint is on disk
     save, saved = training.save_file, []
     def save_file(state, path, meta):
@@ -238,27 +248,102 @@ else:                                           # half of the third checkpoint i
         if len(saved) == 3: path.write_bytes(path.read_bytes()[:-50]); die()
     training.save_file = save_file
 data = load_dataset(folder).few_shot(3)
-training.fit(CoOp(tiny_clip(), data.classnames, n_ctx=2), data, Recipe(lr=.05, epochs=6, batch_size=4), checkpoint=checkpoint, progress=False)
+training.fit(CoOp(tiny_clip(), data.classnames, n_ctx=2), data, Recipe(lr=.05, epochs=6, batch_size=4), checkpoint=checkpoint, progress=False, tracker=tracker or None)
 '''
 LONG = replace(RECIPE, epochs=6)
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
-@pytest.mark.parametrize('when', ['in a step', 'while writing'])
+@pytest.mark.parametrize('when', ['in a step', 'while writing', 'after the rename'])
 def test_resume_after_kill_9(when, few, clip32, tmp_path):
     "Prompts, losses and momentum go on as if nothing had happened: bit for bit the prompts of a run in one piece"
-    checkpoint, folder = tmp_path/'c', Path(few.source.root)
-    r = subprocess.run([sys.executable, '-c', KILLED, Path(__file__).parent, folder, checkpoint, when, str(torch.get_num_threads())], capture_output=True, text=True)
+    checkpoint, folder, tracker = tmp_path/'run'/'c', Path(few.source.root), str(tmp_path/'events') if TENSORBOARD else ''
+    r = subprocess.run([sys.executable, '-c', KILLED, Path(__file__).parent, folder, checkpoint, when, str(torch.get_num_threads()), tracker], capture_output=True, text=True)
     assert r.returncode == -signal.SIGKILL, r.stderr
-    with safe_open(checkpoint, 'pt') as f: assert f.metadata()['losses'].count(',') == 1 and {k.split('.')[0] for k in f.keys()} == {'param', 'momentum'}
+    done = 3 if when == 'after the rename' else 2
+    assert bool(list(checkpoint.parent.glob('.*.tmp'))) == (when == 'while writing')
+    with safe_open(checkpoint, 'pt') as f: assert f.metadata()['losses'].count(',') == done-1 and {k.split('.')[0] for k in f.keys()} == {'param', 'momentum'}
     whole, tokens = train(clip32, few, recipe=LONG)
     epochs = []
     batches = training._epoch_batches
     with pytest.MonkeyPatch.context() as m:
         m.setattr(training, '_epoch_batches', lambda *a: (epochs.append(a[-1]), batches(*a))[1])
-        resumed, again = train(clip32, few, recipe=LONG, checkpoint=checkpoint)
-    assert epochs == [3, 4, 5, 6] and torch.equal(tokens, again) and resumed.losses == whole.losses
+        resumed, again = train(clip32, few, recipe=LONG, checkpoint=checkpoint, tracker=tracker or None)
+    assert epochs == [3, 4, 5, 6][done-2:] and torch.equal(tokens, again) and resumed.losses == whole.losses
+    assert [p.name for p in checkpoint.parent.iterdir()] == ['c']               # the killed writer's half file is gone
+    if tracker:                                                                 # epoch 3 was tracked before its checkpoint was lost, and is there once
+        points = events(tracker)['loss']
+        assert [s for s, _ in points] == [1, 2, 3, 4, 5, 6] and [v for _, v in points] == pytest.approx(whole.losses, rel=1e-6)
     third, same = train(clip32, few, recipe=LONG, checkpoint=checkpoint)        # finished: nothing left to do
     assert torch.equal(tokens, same) and third.losses == whole.losses
+
+
+MOMENTS = '''
+import json, os, random, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+from clipprompt import training
+from clipprompt.data import load_dataset
+from clipprompt.learner import Recipe
+from clipprompt.report import METHODS
+from helpers import tiny_clip
+
+folder, where, *names = sys.argv[2:]
+torch.set_num_threads(1)                                    # forked processes cannot share a pool of threads
+random.seed(int(time.time()))
+data, clip = load_dataset(folder).few_shot(3), tiny_clip()
+
+def run(name, checkpoint, tracker):
+    views, select = (2, 'best_on_test') if name == 'coop' else (2, 'last') if name == 'variational-coop' else (None, 'last')
+    learner = METHODS[name].cls(clip, data.classnames, seed=1)
+    fit = training.fit(learner, data, Recipe(lr=.05, epochs=8, batch_size=4, views=views, select=select), 1, checkpoint, progress=False, tracker=tracker)
+    return {n: p.detach().double().flatten().tolist() for n, p in learner.named_parameters()}, fit.losses, fit.tested
+
+for name in names:
+    os.makedirs(place := f'{where}/{name}')
+    start = time.perf_counter()
+    whole, seconds = run(name, None, None), time.perf_counter()-start
+    kills, tracked = 0, name == 'coop' and os.environ['TRACK']
+    while True:
+        if not (child := os.fork()):
+            result = run(name, place, f'{where}/events' if tracked else None)
+            with open(f'{where}/{name}.json', 'w') as f: json.dump(result, f)
+            os._exit(0)
+        if kills < 6: time.sleep(seconds*random.uniform(.05, .4) + (random.random() if tracked and kills else 0));      # a tracked run may first wait for the next second
+        if kills < 6: os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status): break
+        kills += 1
+    assert os.WEXITSTATUS(status) == 0, name
+    with open(f'{where}/{name}.json') as f: resumed = json.load(f)
+    print(json.dumps(dict(name=name, kills=kills, same=resumed == json.loads(json.dumps(whole)), left=sorted(os.listdir(place)))), flush=True)
+'''
+KILLABLE = ['coop', 'vpt', 'metaprompt', 'variational-coop']   # fixed views and a chosen epoch; fresh augmentation; episodes; noise
+
+@pytest.fixture(scope='module')
+def killed(few, tmp_path_factory):
+    "Runs of eight epochs, killed six times each at random moments, and told to go on"
+    where = tmp_path_factory.mktemp('killed')
+    r = subprocess.run([sys.executable, '-c', MOMENTS, Path(__file__).parent, few.source.root, where, *KILLABLE], capture_output=True, text=True, env=os.environ | dict(TRACK='1' if TENSORBOARD else ''))
+    assert r.returncode == 0, r.stderr
+    return where, {row['name']: row for row in map(json.loads, r.stdout.splitlines())}
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
+@pytest.mark.parametrize('name', KILLABLE)
+def test_kill_9_at_any_moment(name, killed):
+    "Parameters, losses and test accuracies are those of a run in one piece, and nothing but the checkpoint is left"
+    row = killed[1][name]
+    assert row['kills'] and row['same'] and row['left'] == ['checkpoint.safetensors'], row
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
+def test_tracked_once_after_kill_9(killed):
+    "TensorBoard shows each epoch of the killed runs once, with the loss of the run in one piece"
+    points = events(killed[0]/'events')
+    _, losses, tested = json.loads((killed[0]/'coop.json').read_text())
+    assert [s for s, _ in points['loss']] == list(range(1, 9)) and [v for _, v in points['loss']] == pytest.approx(losses, rel=1e-6)
+    assert [s for s, _ in points['learning_rate']] == list(range(1, 9))
+    assert [v for _, v in points['test_accuracy']] == pytest.approx(tested)
 
 
 def test_interrupt_in_python_keeps_the_checkpoint(few, clip32, tmp_path, monkeypatch):
@@ -272,6 +357,85 @@ def test_interrupt_in_python_keeps_the_checkpoint(few, clip32, tmp_path, monkeyp
         with pytest.raises(KeyboardInterrupt): train(clip32, few, checkpoint=tmp_path/'c')
     assert torch.equal(train(clip32, few, checkpoint=tmp_path/'c')[1], train(clip32, few)[1])
     assert [p.name for p in tmp_path.iterdir()] == ['c']
+
+
+@pytest.mark.parametrize('how', ['existing', 'slash', 'new/slash', 'file'])
+def test_checkpoint_in_a_folder(few, clip32, tmp_path, how):
+    (tmp_path/'existing').mkdir()
+    given, file = dict(existing=(tmp_path/'existing', 'existing/checkpoint.safetensors'), slash=(f'{tmp_path}/runs/', 'runs/checkpoint.safetensors'), file=(tmp_path/'runs'/'a', 'runs/a')).get(how, (f'{tmp_path}/a/b/', 'a/b/checkpoint.safetensors'))
+    train(clip32, few, checkpoint=given)
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob('*') if p.is_file()] == [file]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(training, '_train', never)                                  # finished: nothing is trained again
+        train(clip32, few, checkpoint=given)
+
+def never(*args, **kwargs): raise AssertionError('trained')
+
+
+def test_stale_temporary_files(few, clip32, tmp_path):
+    "A killed writer's leavings go, other people's files stay, also those whose names look much the same"
+    ours, theirs = ['.c.12-34.tmp', '..c.check.12-34.tmp'], ['.cc.12-34.tmp', '.c.tmp', 'c.12-34.tmp', '.cx12-34.tmp', '.c.1-2.tmp.keep', '.c.a-b.tmp']
+    for name in ours+theirs: (tmp_path/name).write_text('half')
+    _, tokens = train(clip32, few, checkpoint=tmp_path/'c')
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['c', *theirs]) and torch.equal(tokens, train(clip32, few)[1])
+
+
+def test_bytes_reach_the_disk_before_the_name(tmp_path, monkeypatch):
+    calls, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda fd: (calls.append(('sync', os.fstat(fd).st_size)), fsync(fd))[1])
+    monkeypatch.setattr(os, 'replace', lambda a, b: (calls.append('rename'), rename(a, b))[1])
+    write_safely(tmp_path/'p', lambda tmp: tmp.write_text('whole'))
+    assert calls == [('sync', 5), 'rename'] and (tmp_path/'p').read_text() == 'whole'
+
+
+# ---- trackers ------------------------------------------------------------------------------------------------------
+
+def events(folder):
+    "tag -> [(step, value)], as TensorBoard reads them"
+    if not TENSORBOARD: pytest.skip('tensorboard is not installed')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    read = EventAccumulator(str(folder)).Reload()
+    return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()['scalars']}
+
+
+class Points(list):
+    "A tracker of one's own"
+    def add_scalar(self, tag, value, step): self.append((tag, step, value))
+
+
+def test_tracker_of_ones_own(few, clip32):
+    "Every epoch once, and the prompts are the same as without"
+    seen = Points()
+    report, tokens = train(clip32, few, tracker=seen, recipe=replace(RECIPE, select='best_on_test'))
+    assert seen == [p for i in range(3) for p in (('loss', i+1, report.losses[i]), ('learning_rate', i+1, lr_at(RECIPE, i+1)), ('test_accuracy', i+1, report.tested[i]))]
+    seen.clear()
+    report, tokens = train(clip32, few, tracker=seen)
+    assert {t for t, *_ in seen} == {'loss', 'learning_rate'} and torch.equal(tokens, train(clip32, few)[1])
+
+
+def test_tracker_goes_on_counting(few, clip32, tmp_path, monkeypatch):
+    step, steps, first, second = PromptLearner.training_step, [], Points(), Points()
+    def stops(self, batch, optimizer):
+        steps.append(1)
+        if len(steps) == 8: raise KeyboardInterrupt
+        return step(self, batch, optimizer)
+    with monkeypatch.context() as m:
+        m.setattr(PromptLearner, 'training_step', stops)
+        with pytest.raises(KeyboardInterrupt): train(clip32, few, recipe=LONG, checkpoint=tmp_path, tracker=first)
+    report, _ = train(clip32, few, recipe=LONG, checkpoint=tmp_path, tracker=second)
+    assert [s for t, s, _ in first if t == 'loss'] == [1, 2] and [s for t, s, _ in second if t == 'loss'] == [3, 4, 5, 6]
+    assert [v for t, _, v in first+second if t == 'loss'] == report.losses
+    train(clip32, few, recipe=LONG, checkpoint=tmp_path, tracker=(third := Points()))
+    assert third == []
+
+
+def test_a_new_run_replaces_the_curve(few, clip32, tmp_path):
+    pytest.importorskip('tensorboard')
+    train(clip32, few, recipe=LONG, tracker=tmp_path/'t')
+    report, _ = train(clip32, few, seed=1, tracker=str(tmp_path/'t'))
+    points = events(tmp_path/'t')
+    assert [s for s, _ in points['loss']] == [1, 2, 3] and [v for _, v in points['loss']] == pytest.approx(report.losses, rel=1e-6)
+    assert [v for _, v in points['learning_rate']] == pytest.approx([lr_at(RECIPE, e) for e in (1, 2, 3)], rel=1e-6)
 
 
 def test_tiny_is_what_the_tests_think(clip):
