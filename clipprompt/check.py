@@ -479,9 +479,9 @@ def _refused(call, what:str):
     else: _must(False, f'{what} is accepted', 'raise ValueError with cause and cure in one line')
 
 def _bad_input(t):
-    "No class names, a name given twice, a name too long for the context, more depth than blocks: a ValueError of one line"
+    "No class names, an empty name, a name too long for the context, more depth than blocks: a ValueError of one line"
     learner = t.make()
-    bad = {'an empty list of class names': [], 'a class name given twice': [*t.names, 'camera'], 'an empty class name': [*t.names, '_']}
+    bad = {'an empty list of class names': [], 'an empty class name': [*t.names, '_']}
     if learner.learns_text or learner.text_features() is not None: bad['a class name longer than the context'] = [*t.names, ' '.join(['umbrella']*80)]
     for what, names in bad.items(): _refused(lambda: t.cls(t.clip, names, **t.hparams).to(t.clip.dtype)(t.images), what)
     for k in t.takes:

@@ -6,6 +6,7 @@
 __all__ = ['Given', 'Prompts', 'phrase_tokens', 'Sentences', 'Pack', 'clean_names', 'place']
 
 # %% ../nbs/02_prompts.ipynb #02-003
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,11 +108,13 @@ class Pack:
 
 # %% ../nbs/02_prompts.ipynb #02-023
 def clean_names(classnames) -> list[str]:
-    "Underscores to spaces; an empty list, an empty name or a name given twice is a ValueError"
+    "Underscores to spaces; an empty list or an empty name is a ValueError, a name given twice a warning"
     names = [str(c).replace('_', ' ').strip() for c in classnames]
     if not names: raise ValueError('no class names: give at least one')
     if '' in names: raise ValueError(f'class name number {names.index("")} is empty; name every class (folder names become class names)')
-    if twice := [n for n, k in Counter(names).items() if k > 1]: raise ValueError(f"class name '{twice[0][:40]}' is given twice; give every class a name of its own (underscores count as spaces)")
+    if twice := [n[:40] for n, k in Counter(names).items() if k > 1]:
+        more = f' and {len(twice)-5} more' if twice[5:] else ''
+        warnings.warn(f"given to several classes, which cannot be told apart: {', '.join(map(repr, twice[:5]))}{more}; give every class a name of its own (underscores count as spaces)", stacklevel=2)
     return names
 
 # %% ../nbs/02_prompts.ipynb #02-025

@@ -178,7 +178,7 @@ def test_templates():
 
 # ---- what ships ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name,task', [(n, t) for n in TASKS for t in TASKS[n]])
+@pytest.mark.parametrize('name,task', [(n, t) for n in ('pictograms', 'emoji') for t in TASKS[n]])
 def test_shipped_tasks(name, task):
     data = load_dataset(name, task)
     assert (data.name, data.task, data.template) == (name, task, 'a photo of a {}.')
