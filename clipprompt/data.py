@@ -764,12 +764,12 @@ def _readable(items:list[Item], folder:Path, skip_broken:bool) -> list[Item]:
     return [i for i in items if i.path not in bad]
 
 # %% ../nbs/04_data.ipynb #04-067
-def _last_third(items:list[Item], classnames:list[str]) -> tuple[list[Item], list[Item]]: # train, test
+def _last_third(items:list[Item], classnames:list[str], where) -> tuple[list[Item], list[Item]]: # train, test
     "Per class, the last third of the file names becomes the test part, at least one"
     train, test = [], []
     for label, name in enumerate(classnames):
         mine = [i for i in items if i.label == label]
-        if len(mine) == 1: raise DataError(f"class '{name}' has one picture; it needs two, one to train on and one to test on")
+        if len(mine) == 1: raise DataError(f"class '{name}' of {where} has one picture; it needs two, one to train on and one to test on")
         n = len(mine) - max(1, len(mine)//3)
         train += mine[:n]; test += mine[n:]
     return train, test
@@ -798,9 +798,9 @@ def _from_folder(folder:Path, skip_broken:bool) -> DataSet:
     for label, c in enumerate(classes):
         if label not in there: raise DataError(f"class '{classnames[label]}' has no readable images in {train_dir/c}; add some or remove the folder")
     if test_dir: test, split = _readable(_part(test_dir, train_dir, classes), folder, skip_broken), f'folders train and {test_dir.name}'
-    else: (train, test), split = _last_third(train, classnames), 'last third of each class held back'
+    else: (train, test), split = _last_third(train, classnames, train_dir), 'last third of each class held back'
     if not test: raise DataError(f'no image of the test part {test_dir} can be read; repair them, or remove it and a third of the training pictures will be held back')
-    val = _readable(_part(val_dir, train_dir, classes), folder, skip_broken) if val_dir and _listed(val_dir, classes) else []
+    val = _readable(_part(val_dir, train_dir, classes), folder, skip_broken) if val_dir and _subfolders(val_dir) else []
     return DataSet(folder.name, classnames, train, test, source=_Files(str(folder)), val=val, split=split)
 
 # %% ../nbs/04_data.ipynb #04-070
@@ -864,7 +864,7 @@ def _from_table(file:Path, task:str|None, sources, skip_broken:bool) -> DataSet:
         train, val, test = (items(lambda r: r['domain'] != task and r['split'] in ('train', '')), items(lambda r: r['domain'] != task and r['split'] == 'val'),
                             items(lambda r: r['domain'] == task and r['split'] in ('test', '')))
     elif parted: train, val, test, split = *(items(lambda r: r['split'] == part) for part in ('train', 'val', 'test')), f'column split of {file.name}'
-    else: (train, test), val, split = _last_third(items(lambda r: True), classnames), [], 'last third of each class held back'
+    else: (train, test), val, split = _last_third(items(lambda r: True), classnames, file), [], 'last third of each class held back'
     there = {i.label for i in train}
     for label, name in enumerate(classnames):
         if label not in there: raise DataError(f"class '{name}' of {file} has no training picture{' in the domains to train on' if task else ''}; add some or remove its lines")
