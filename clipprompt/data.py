@@ -375,7 +375,7 @@ PUBLIC = dict(
 
 TASKS |= {name: list(p.domains) for name, p in PUBLIC.items() if p.domains}
 
-# %% ../nbs/04_data.ipynb #04-045
+# %% ../nbs/04_data.ipynb #04-047
 @dataclass
 class _Lists:
     "What a data set's own files say; a picture is (path below the images, label)"
@@ -393,7 +393,7 @@ def _in_order(names:dict[int, str], where) -> list[str]:
         raise DataError(f'{where}: label {min(holes)} is missing though there are {len(names)} labels; they must run from 0 without a hole, so get the file again')
     return [_words(names[l]) for l in range(len(names))]
 
-# %% ../nbs/04_data.ipynb #04-046
+# %% ../nbs/04_data.ipynb #04-048
 def _published(file:Path) -> _Lists:
     'Read `{"train": [[path, label, class name], ...], "val": ..., "test": ...}` and believe nothing that was not checked'
     def wrong(what): return DataError(f'{file}: {what}; get the published file again')
@@ -419,7 +419,7 @@ def _published(file:Path) -> _Lists:
         if not lists[part]: raise wrong(f'the list {part!r} is empty')
     return _Lists(_in_order(names, file), **lists, split=file.name)
 
-# %% ../nbs/04_data.ipynb #04-048
+# %% ../nbs/04_data.ipynb #04-050
 def _missing(paths:list[str]) -> list[str]:
     "Those that are not there; one look at each folder"
     inside = {}
@@ -428,7 +428,7 @@ def _missing(paths:list[str]) -> list[str]:
         except (OSError, ValueError): inside[folder] = set() # no folder, or no name that a file system takes
     return [p for p in paths if os.path.basename(p) not in inside[os.path.dirname(p)]]
 
-# %% ../nbs/04_data.ipynb #04-050
+# %% ../nbs/04_data.ipynb #04-052
 _OURS = 'seed 0: not the published one'
 
 def _cut(pairs:list[tuple], *shares:float) -> list[list[tuple]]:
@@ -442,7 +442,7 @@ def _cut(pairs:list[tuple], *shares:float) -> list[list[tuple]]:
         parts[-1] += mine
     return parts
 
-# %% ../nbs/04_data.ipynb #04-052
+# %% ../nbs/04_data.ipynb #04-054
 @dataclass
 class _Place:
     "A public set on this disk"
@@ -486,7 +486,7 @@ class _Place:
         inside = lambda f: sorted(n for n in os.listdir(self.images/below/f) if n.lower().endswith(IMG_EXTENSIONS) and n[0] != '.')
         return [(posixpath.join(below, f, n), label) for label, f in enumerate(folders) for n in inside(f)]
 
-# %% ../nbs/04_data.ipynb #04-054
+# %% ../nbs/04_data.ipynb #04-056
 _CALTECH = dict(airplanes='airplane', Faces='face', Leopards='leopard', Motorbikes='motorbike') # CoOp, datasets/caltech101.py; it also drops two folders
 _EUROSAT = dict(AnnualCrop='Annual Crop Land', HerbaceousVegetation='Herbaceous Vegetation Land', Highway='Highway or Road', Industrial='Industrial Buildings', # CoOp,
     Pasture='Pasture Land', PermanentCrop='Permanent Crop Land', Residential='Residential Buildings', SeaLake='Sea or Lake')                      # datasets/eurosat.py
@@ -555,7 +555,7 @@ def _aircraft(place:_Place) -> _Lists:
         return f'{number}.jpg', names.index(name)
     return _Lists([*map(_words, names)], *(place.lines(f'images_variant_{part}.txt', read) for part in ('train', 'val', 'test')), split='official lists images_variant_*.txt')
 
-# %% ../nbs/04_data.ipynb #04-056
+# %% ../nbs/04_data.ipynb #04-058
 def _imagenet_names(place:_Place) -> tuple[dict[str, str], str]: # wnid -> name; where from
     "Names of ImageNet's folders (CoOp, datasets/imagenet.py); in their order they are the names of labels 0 to 999"
     listed = place.file('classnames.txt', need=False) or place.root/'imagenet'/'classnames.txt'
@@ -587,7 +587,7 @@ def _imagenet_like(place:_Place) -> _Lists:
     if int(folders[-1]) >= len(names): raise DataError(f'{place.images} has folders from {folders[0]} to {folders[-1]}, but there are {len(names)} class names ({source})')
     return _Lists([*map(_words, names.values())], [], [], [(p, int(folders[l])) for p, l in place.tree(folders)], split=f'all pictures are test; names from {source}')
 
-# %% ../nbs/04_data.ipynb #04-058
+# %% ../nbs/04_data.ipynb #04-060
 _UNREADABLE = 'sketch/dog/n02103406_4068-1.png' # in PACS as distributed; Dassl leaves it out as well
 
 def _domain_lists(place:_Place, files:list[str], first:int) -> list: # class names, then the pictures of each file
@@ -634,7 +634,7 @@ def _domainnet(place:_Place, domain:str) -> _Lists:
     names, train, test = _domain_lists(place, [f'splits/{domain}_{part}.txt' for part in ('train', 'test')], 0)
     return _Lists(names, train, [], test, split=f'official lists {domain}_train.txt, {domain}_test.txt')
 
-# %% ../nbs/04_data.ipynb #04-059
+# %% ../nbs/04_data.ipynb #04-061
 def _lists(place:_Place, domain:str|None) -> _Lists:
     "The published split if it is there, else what the set's own files give"
     if place.known.split and (file := place.file(place.known.split, need=False)): return _published(file)
@@ -653,7 +653,7 @@ def _lists(place:_Place, domain:str|None) -> _Lists:
         case 'domainnet': return _domainnet(place, domain)
     return _imagenet_like(place)
 
-# %% ../nbs/04_data.ipynb #04-061
+# %% ../nbs/04_data.ipynb #04-063
 def _find_set(name:str, root:str|Path|None, download:bool) -> _Place:
     "Where the set lies; with `download`, fetch it first if it lies nowhere"
     p, root = PUBLIC[name], root or os.environ.get('CLIPPROMPT_DATA')
@@ -672,7 +672,7 @@ def _find_set(name:str, root:str|Path|None, download:bool) -> _Place:
     if root.name == p.folder: fetch = f'; did you mean root={root.parent}?'
     raise DataNotFound(f'no folder {root/p.folder/p.images}; root= (--root) is the folder that holds {what}{fetch}')
 
-# %% ../nbs/04_data.ipynb #04-062
+# %% ../nbs/04_data.ipynb #04-064
 def _public(name:str, task:str|None, root:str|Path|None, skip_broken:bool, download:bool) -> DataSet:
     "A public set, or one domain of it"
     p = PUBLIC[name]
@@ -697,7 +697,7 @@ def _public(name:str, task:str|None, root:str|Path|None, skip_broken:bool, downl
         _warn(f"{data.name}{'/'+task if task else ''} differs from the published one: {', '.join(odd)}; unpack the archive again unless you meant it")
     return data
 
-# %% ../nbs/04_data.ipynb #04-064
+# %% ../nbs/04_data.ipynb #04-066
 def _subfolders(folder:Path) -> list[str]:
     return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith('.')) if folder.is_dir() else []
 
@@ -740,7 +740,7 @@ def _cleaned(where, classes:list[str], words:dict[str, str]={}) -> list[str]:
             raise DataError(f"{twins} in {where} give the same class name '{name}'; rename or merge them")
     return names
 
-# %% ../nbs/04_data.ipynb #04-066
+# %% ../nbs/04_data.ipynb #04-068
 def _broken(path:str) -> str:
     "What keeps PIL from reading it; nothing if it can"
     try:
@@ -750,7 +750,8 @@ def _broken(path:str) -> str:
             if image.mode[0] in 'IF': to_rgb(image)
             image.draft('RGB', (64, 64))
             image.load()
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError): return f'more than {Image.MAX_IMAGE_PIXELS/1e6:.0f} million pixels'
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        return f'more than {Image.MAX_IMAGE_PIXELS/1e6:.0f} million pixels: shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS'
     except Exception as e: return str(e) if type(e) is ValueError and 'save it' in str(e) else 'damaged or no image' # PIL raises many kinds
     return ''
 
@@ -763,7 +764,7 @@ def _readable(items:list[Item], folder:Path, skip_broken:bool) -> list[Item]:
     _warn(f'{what}; left out')
     return [i for i in items if i.path not in bad]
 
-# %% ../nbs/04_data.ipynb #04-067
+# %% ../nbs/04_data.ipynb #04-069
 def _last_third(items:list[Item], classnames:list[str], where) -> tuple[list[Item], list[Item]]: # train, test
     "Per class, the last third of the file names becomes the test part, at least one"
     train, test = [], []
@@ -781,7 +782,7 @@ def _part(folder:Path, train_dir:Path, classes:list[str]) -> list[Item]:
     if items := _listed(folder, classes): return items
     raise DataNotFound(f'the {folder.name} part {folder} has no images; add some, or remove it and a third of the training pictures will be held back')
 
-# %% ../nbs/04_data.ipynb #04-068
+# %% ../nbs/04_data.ipynb #04-070
 def _from_folder(folder:Path, skip_broken:bool) -> DataSet:
     "`folder/class/*.png`, or `folder/train/class/*.png` beside `folder/test/class/*.png`"
     train_dir, test_dir, val_dir = folder, None, None
@@ -803,7 +804,7 @@ def _from_folder(folder:Path, skip_broken:bool) -> DataSet:
     val = _readable(_part(val_dir, train_dir, classes), folder, skip_broken) if val_dir and _subfolders(val_dir) else []
     return DataSet(folder.name, classnames, train, test, source=_Files(str(folder)), val=val, split=split)
 
-# %% ../nbs/04_data.ipynb #04-070
+# %% ../nbs/04_data.ipynb #04-072
 def _is_table(file:Path) -> bool: return file.suffix.lower() in ('.csv', '.tsv')
 
 def _columns(file:Path) -> list[str]:
@@ -842,7 +843,7 @@ def _read_table(file:Path) -> list[dict]:
         raise DataNotFound(f"{file} lists {len(gone)} pictures that are not there, the first in line {seen[gone[0]]}: {gone[0][:200]}; paths start at {file.parent}")
     return table
 
-# %% ../nbs/04_data.ipynb #04-071
+# %% ../nbs/04_data.ipynb #04-073
 def _from_table(file:Path, task:str|None, sources, skip_broken:bool) -> DataSet:
     "A CSV or TSV file of path, label and perhaps domain and split"
     table = _read_table(file)
@@ -856,7 +857,8 @@ def _from_table(file:Path, task:str|None, sources, skip_broken:bool) -> DataSet:
         chosen = _chosen(sources, task, domains)
         table = [r for r in table if r['domain'] in [task, *chosen]]
     if not parted: table.sort(key=lambda r: r['path'])
-    def items(keep): return [Item(r['path'], classes.index(r['label']), r['domain']) for r in table if keep(r)]
+    label = {c: i for i, c in enumerate(classes)}
+    def items(keep): return [Item(r['path'], label[r['label']], r['domain']) for r in table if keep(r)]
     readable = {i.path for i in _readable(items(lambda r: True), file.parent, skip_broken)}
     table = [r for r in table if r['path'] in readable]
     if task: # what is tested on was never trained on, so nothing needs to be held back
@@ -866,12 +868,12 @@ def _from_table(file:Path, task:str|None, sources, skip_broken:bool) -> DataSet:
     elif parted: train, val, test, split = *(items(lambda r: r['split'] == part) for part in ('train', 'val', 'test')), f'column split of {file.name}'
     else: (train, test), val, split = _last_third(items(lambda r: True), classnames, file), [], 'last third of each class held back'
     there = {i.label for i in train}
-    for label, name in enumerate(classnames):
-        if label not in there: raise DataError(f"class '{name}' of {file} has no training picture{' in the domains to train on' if task else ''}; add some or remove its lines")
+    for i, name in enumerate(classnames):
+        if i not in there: raise DataError(f"class '{name}' of {file} has no training picture{' in the domains to train on' if task else ''}; add some or remove its lines")
     if not test: raise DataError(f"{file} has no test picture{f' of domain {task}' if task else ''}; give some lines the split test")
     return DataSet(file.stem, classnames, train, test, source=_Files(str(file.parent)), task=task or '', by_domain=sources is not None, val=val, split=split)
 
-# %% ../nbs/04_data.ipynb #04-073
+# %% ../nbs/04_data.ipynb #04-075
 def _chosen(sources, task:str, known:list[str]) -> list[str]:
     "The domains to train on: those named, or all but the one to test on"
     if sources is None or sources == 'rest': return [d for d in known if d != task]
@@ -881,7 +883,7 @@ def _chosen(sources, task:str, known:list[str]) -> list[str]:
     if not chosen or len({*chosen, task}) <= len(chosen): raise DataError(f"sources={chosen!r} with task='{task}': give one or more domains, all different and other than the task, or 'rest'")
     return chosen
 
-# %% ../nbs/04_data.ipynb #04-074
+# %% ../nbs/04_data.ipynb #04-076
 def load_dataset(
     name:str|Path='pictograms', # 'pictograms', 'emoji', a name in PUBLIC, or the path of a folder of images or of a table (.csv, .tsv)
     task:str|None=None,         # a domain of those in TASKS (pictograms: pixels unless told otherwise, emoji: icons), or of a table with a column "domain"
@@ -920,10 +922,10 @@ def load_dataset(
     data.origin = dict(name=name, **given)
     return data
 
-# %% ../nbs/04_data.ipynb #04-097
+# %% ../nbs/04_data.ipynb #04-099
 def _to_tensor(backbone) -> list: return [T.ToTensor(), T.Normalize(backbone.mean, backbone.std)]
 
-# %% ../nbs/04_data.ipynb #04-098
+# %% ../nbs/04_data.ipynb #04-100
 def train_transform(
     backbone,                    # gives size, interpolation, mean and std
     crop_scale=(0.08, 1.0),      # share of the picture's area that a crop keeps
@@ -939,7 +941,7 @@ def test_transform(backbone) -> T.Compose:
 
 test_transform.__test__ = False # its name would make pytest take it for a test
 
-# %% ../nbs/04_data.ipynb #04-105
+# %% ../nbs/04_data.ipynb #04-107
 TEMPLATES = {name: p.template for name, p in PUBLIC.items()} | dict(pictograms='a photo of a {}.', emoji='a photo of a {}.')
 
 ENSEMBLE = ['itap of a {}.', 'a bad photo of the {}.', 'a origami {}.', 'a photo of the large {}.', 'a {} in a video game.', 'art of the {}.', 'a photo of the small {}.']
