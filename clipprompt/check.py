@@ -6,7 +6,7 @@
 __all__ = ['CHECKS', 'Golden', 'small_clip', 'ContractError', 'check_learner']
 
 # %% ../nbs/08_check.ipynb #08-003
-import json, random
+import json, random, warnings
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -479,13 +479,17 @@ def _refused(call, what:str):
     else: _must(False, f'{what} is accepted', 'raise ValueError with cause and cure in one line')
 
 def _bad_input(t):
-    "No class names, a name given twice, a name too long for the context, more depth than blocks: a ValueError of one line"
+    "No class names, an empty name, a name too long for the context, more depth than blocks: a ValueError of one line. A name given twice stays two classes"
     learner = t.make()
-    bad = {'an empty list of class names': [], 'a class name given twice': [*t.names, 'camera'], 'an empty class name': [*t.names, '_']}
+    bad = {'an empty list of class names': [], 'an empty class name': [*t.names, '_']}
     if learner.learns_text or learner.text_features() is not None: bad['a class name longer than the context'] = [*t.names, ' '.join(['umbrella']*80)]
     for what, names in bad.items(): _refused(lambda: t.cls(t.clip, names, **t.hparams).to(t.clip.dtype)(t.images), what)
     for k in t.takes:
         if 'depth' in k: _refused(lambda: t.make(**{k: 99}), f'{k}=99 on towers of 3 and 4 blocks')
+    with warnings.catch_warnings():   # ImageNet's published names have two such pairs
+        warnings.simplefilter('ignore')
+        columns = t.cls(t.clip, [*t.names, t.names[0]], **t.hparams).to(t.clip.dtype)(t.images).shape[1]
+    _must(columns == len(t.names)+1, f'{len(t.names)+1} class names, one of them given twice, get {columns} logits', 'keep a column for each name')
 
 # %% ../nbs/08_check.ipynb #08-048
 _ALL = [_logits, _random_state, _rebuild, _parameters, _class_list, _repeats, _gradients, _finite_differences, _fast_path, _frozen, _seed, _batch_independence, _class_order, _underscores,

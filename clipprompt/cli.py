@@ -27,7 +27,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from . import __version__
 from .backbone import Backbone, load_backbone
 from .bench import CASES, bench, speed_table
-from .data import DataSet, load_dataset, test_transform, to_rgb
+from .data import DataSet, load_dataset, open_image, test_transform, to_rgb
 from .learner import PromptLearner, check_writable, local_prompts, read_prompts, write_safely
 from .protocols import PROTOCOLS, SCORES, protocol, read_records, rerun, write_table
 from .report import METHODS, TASKS, compare, find_method, load_prompts, plot, table
@@ -274,9 +274,9 @@ def _names(text:str) -> list[str]:
 
 def _open(path:Path) -> Image.Image:
     try:
-        with Image.open(path) as image: return to_rgb(image)
+        with open_image(path) as image: return to_rgb(image)
     except FileNotFoundError: raise FileNotFoundError(f'there is no image {path}; check the path') from None
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as e: raise ValueError(f'cannot read the image {path} ({e}); repair it, or use --skip-broken') from None
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise ValueError(f'cannot read the image {path} ({e}); repair it, or use --skip-broken') from None
 
 # %% ../nbs/40_cli.ipynb #40-015
 @torch.no_grad()

@@ -1,22 +1,27 @@
 """Chapter 04: splits and shots are the papers', transforms do what they say, and bad data gets one line that helps."""
+import json
 import math
 import os
 import pickle
 import random
 import warnings
 import zipfile
+from collections import Counter
 from dataclasses import replace
+from io import BytesIO
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from clipprompt.data import (DOMAINS, ENSEMBLE, PICTOGRAM_TEMPLATES, TASKS, TEMPLATES, DataError, DataNotFound, DataSet, Item, edge_map,
-                             load_dataset, pixelate, rotate90, test_transform, train_transform)
+                             load_dataset, pixelate, rotate90, test_transform, to_rgb, train_transform)
 
 CLIP = SimpleNamespace(image_size=32, mean=(.48, .46, .41), std=(.27, .26, .28), interpolation='bicubic')
 
@@ -178,7 +183,7 @@ def test_templates():
 
 # ---- what ships ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name,task', [(n, t) for n in TASKS for t in TASKS[n]])
+@pytest.mark.parametrize('name,task', [(n, t) for n in ('pictograms', 'emoji') for t in TASKS[n]])
 def test_shipped_tasks(name, task):
     data = load_dataset(name, task)
     assert (data.name, data.task, data.template) == (name, task, 'a photo of a {}.')
@@ -478,3 +483,303 @@ def test_data_set_by_hand():
     one_line(e, 'train label 2', '0 to 1')
     with pytest.raises(DataError) as e: DataSet('mine', ['cat', 'dog'], [Item('x', 1)], []).pictures('test', None)
     one_line(e, 'no test pictures')
+
+
+# ---- pictures in all their forms -----------------------------------------------------------------------------------
+
+def stored(image, format, **kwargs):
+    out = BytesIO()
+    image.save(out, format, **kwargs)
+    return Image.open(out)
+
+def halves(mode='RGB', left='red', right='blue'):
+    image = Image.new('RGB', (8, 4), left)
+    image.paste(right, (4, 0, 8, 4))
+    return image.convert(mode)
+
+@pytest.mark.parametrize('turn', range(1, 9))
+@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'TIFF', 'WEBP'])
+def test_upright(turn, format):
+    "All eight notes of EXIF, undone by hand"
+    undo = {2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180], 4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_270],
+            7: [Image.Transpose.TRANSVERSE], 8: [Image.Transpose.ROTATE_90]}.get(turn, [])
+    note, source = Image.Exif(), picture(size=(16, 8))
+    note[0x0112] = turn
+    image = stored(source, format, exif=note, **(dict(lossless=True) if format == 'WEBP' else {}))
+    expected = stored(source, 'JPEG').convert('RGB') if format == 'JPEG' else source
+    for t in undo: expected = expected.transpose(t)
+    assert to_rgb(image).tobytes() == expected.tobytes() and to_rgb(image).size == ((8, 16) if turn > 4 else (16, 8))
+
+
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF')
+def test_a_broken_note_is_no_reason_to_refuse():
+    image = Image.open(BytesIO(b'\xff\xd8\xff\xe1\x00\x10Exif\0\0II*\0\xff\xff\xff\xff' + (lambda b: (halves().save(b, 'JPEG'), b.getvalue())[1])(BytesIO())[2:]))
+    assert to_rgb(image).size == (8, 4)
+
+
+def test_to_rgb_by_hand():
+    near = lambda image, at, colour, by=6: np.abs(np.array(to_rgb(image).getpixel(at), int) - colour).max() <= by
+    cmyk = stored(halves('CMYK'), 'JPEG', quality=100)
+    assert cmyk.mode == 'CMYK' and near(cmyk, (1, 1), (255, 0, 0), 12) and near(cmyk, (6, 1), (0, 0, 255), 12)
+    deep = stored(Image.fromarray(np.array([[0, 65535, 32768, 256]]*4, np.uint16)), 'PNG')
+    assert [to_rgb(deep).getpixel((x, 0))[0] for x in range(4)] == [0, 255, 128, 1]
+    old = Image.fromarray(np.array([[0, 65535, 32768, 256]]*4, np.int32))   # as PIL opened 16 bits in former times
+    assert old.mode == 'I' and to_rgb(old).tobytes() == to_rgb(deep).tobytes()
+    palette = halves('P', (0, 0, 0), (0, 0, 255))
+    palette.info['transparency'] = palette.getpixel((0, 0))
+    gif = stored(palette, 'PNG', transparency=palette.getpixel((0, 0)))
+    assert gif.mode == 'P' and near(gif, (1, 1), (255,)*3, 0) and near(gif, (6, 1), (0, 0, 255), 0)
+    grey = stored(Image.merge('LA', (Image.new('L', (8, 4), 0), Image.new('L', (8, 4), 128))), 'PNG')
+    assert near(grey, (0, 0), (127,)*3, 1) and near(stored(halves('1', 'black', 'white'), 'PNG'), (7, 0), (255,)*3, 0)
+
+
+@pytest.mark.parametrize('image,says', [(Image.fromarray(np.ones((4, 4), np.float32)), 'fractions'), (Image.fromarray(np.full((4, 4), 70_000, np.int32)), '32 bits')])
+def test_pixels_whose_scale_nobody_knows(folder, image, says):
+    image.save(folder/'cat'/'00.tiff')
+    with pytest.raises(DataError) as e: load_dataset(folder)
+    one_line(e, os.path.join('cat', '00.tiff'), says, 'save it')
+
+
+@pytest.mark.parametrize('format', ['GIF', 'WEBP', 'PNG', 'TIFF'])
+def test_of_an_animation_the_first_frame(tmp_path, format):
+    frames = [Image.new('RGB', (8, 8), c) for c in ('red', 'lime', 'blue')]
+    for c in 'ab':
+        (tmp_path/c).mkdir()
+        for i in range(3): frames[0].save(tmp_path/c/f'{i}.{format.lower()}', format, save_all=True, append_images=frames[1:])
+    text = '\n'.join(['path,label', *(f'{c}/{i}.{format.lower()},{c}' for c in 'ab' for i in range(3))])   # a table may name any file that PIL reads
+    (tmp_path/'t.csv').write_text(text)
+    data = load_dataset(tmp_path)
+    r, g, b = data.read(data.test[0]).getpixel((4, 4))
+    assert r > 240 and g < 16 and b < 16
+
+
+def test_absurdly_large(folder, monkeypatch):
+    picture(size=(40, 40)).save(folder/'eel'/'02.png')
+    for limit in (1000, 500):   # PIL warns of more than the limit and raises at twice as much
+        monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', limit)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')   # whatever the caller does with warnings
+            with pytest.raises(DataError) as e: load_dataset(folder)
+            one_line(e, os.path.join('eel', '02.png'), 'million pixels', '1 of 18')
+        with pytest.warns(UserWarning, match='02.png; left out'): data = load_dataset(folder, skip_broken=True)
+        assert len(data.train+data.test) == 17
+        with pytest.raises(DataError) as e: data.source(str(folder/'eel'/'02.png'))
+        one_line(e, '02.png', 'cannot read')
+
+
+def test_what_is_wrong_is_said(folder):
+    (folder/'cat'/'00.png').write_bytes(b'')
+    with pytest.raises(DataError) as e: load_dataset(folder)
+    one_line(e, '(empty)', '00.png')
+    (folder/'eel'/'01.PNG').write_text('text')
+    with pytest.raises(DataError) as e: load_dataset(folder)
+    one_line(e, '2 of 19', 'damaged or no image, empty', '01.PNG')
+
+
+# ---- folders: names in words, val, origin --------------------------------------------------------------------------
+
+def test_origin_and_split_of_folders(folder, monkeypatch):
+    data = load_dataset(folder)
+    assert data.origin == dict(name=str(folder)) and data.split == 'last third of each class held back' and data.val == []
+    monkeypatch.chdir(folder.parent)
+    assert load_dataset('./pets').origin == load_dataset('pets', root='.').origin == data.origin
+    assert load_dataset(**data.few_shot(1).origin).fingerprint == data.fingerprint
+    (folder/'cat'/'00.png').write_text('x')
+    with pytest.warns(UserWarning): assert load_dataset(folder, skip_broken=True).origin == dict(name=str(folder), skip_broken=True)
+
+
+def test_three_parts(tmp_path):
+    for part, n in (('train', 4), ('val', 2), ('test', 3)):
+        for c in 'ab': fill(tmp_path/part/c, n)
+    data = load_dataset(tmp_path)
+    assert (len(data.train), len(data.val), len(data.test)) == (8, 4, 6) and data.split == 'folders train and test' and len(data.few_shot(1).val) == 2
+    assert len(data.pictures('val', test_transform(CLIP))) == 4
+    import shutil
+    shutil.rmtree(tmp_path/'val')
+    assert load_dataset(tmp_path).fingerprint == data.fingerprint
+    fill(tmp_path/'val'/'c', 1)
+    with pytest.raises(DataError) as e: load_dataset(tmp_path)
+    one_line(e, 'val', 'lacks: c')
+
+
+@pytest.mark.parametrize('write', [lambda f: (f/'classnames.csv').write_text('folder,name\ncat,tabby_cat\nguide_dog,"dog, for the blind"\nfox,a fox\n'),
+                                   lambda f: (f/'classnames.json').write_text(json.dumps({'cat': 'tabby_cat', 'guide_dog': 'dog, for the blind', 'fox': 'a fox'}))], ids='csv json'.split())
+def test_names_in_words(folder, write):
+    write(folder)
+    assert load_dataset(folder).classnames == ['tabby cat', 'eel', 'dog, for the blind']
+    (folder/'t.csv').write_text('\n'.join(['path,label', *(f'{c}/{i:02d}.png,{c}' for c in ('cat', 'guide_dog', 'eel') for i in range(4))]))
+    assert load_dataset(folder).classnames == load_dataset(folder/'t.csv').classnames == ['tabby cat', 'eel', 'dog, for the blind']
+
+
+@pytest.mark.parametrize('file,content,says', [
+    ('classnames.csv', 'cat', ['line 1', '1 cells instead of two']), ('classnames.csv', 'cat,a,b', ['3 cells']), ('classnames.csv', 'dog,hound', ['none of the classes', "'cat'"]),
+    ('classnames.csv', b'cat,\xff', ['UTF-8']), ('classnames.csv', 'cat,eel', ["'cat'", "'eel'", 'same class name']), ('classnames.csv', 'cat,_', ["'cat'", 'empty class name']),
+    ('classnames.json', '{', ['classnames.json', '{"folder": "name"}']), ('classnames.json', '[]', ['"name"']), ('classnames.json', '{"cat": 3}', ['"name"']), ('classnames.json', '{"cow": "x"}', ['none'])])
+def test_names_that_do_not_fit(folder, file, content, says):
+    (folder/file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as e: load_dataset(folder)
+    one_line(e, *says)
+
+
+def test_two_lists_of_names(folder):
+    (folder/'classnames.csv').write_text('cat,a'); (folder/'classnames.json').write_text('{}')
+    with pytest.raises(DataError) as e: load_dataset(folder)
+    one_line(e, 'classnames.csv', 'classnames.json', 'keep one')
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+def table(folder, rows, header='path,label', name='t.csv'):
+    (folder/name).write_text('\n'.join([header, *rows]) + '\n', encoding='utf-8')
+    return folder/name
+
+CLASSES = ('cat', 'eel', 'guide_dog')
+ROWS = [f'{c}/{i:02d}.png,{c}' for c in CLASSES for i in range(6)]
+
+def short(items): return [(i.path.replace('\\', '/').rsplit('/', 2)[1:], i.label, i.domain) for i in items]
+
+
+def test_table_is_the_folder(folder):
+    "Whatever the order of its lines, and by either door"
+    whole = load_dataset(folder)
+    a = load_dataset(table(folder, random.Random(1).sample(ROWS, len(ROWS))))
+    assert short(a.train) == short(whole.train) and short(a.test) == short(whole.test) and a.classnames == whole.classnames and a.split == whole.split
+    b = load_dataset(folder)
+    assert b.fingerprint == a.fingerprint and a.name == b.name == 't' and a.origin == dict(name=str(folder/'t.csv')) and load_dataset(**b.origin).fingerprint == a.fingerprint
+    assert load_dataset(table(folder, [r.replace(',', '\t') for r in ROWS], 'path\tlabel', 't.TSV')).train == a.train
+
+
+def test_table_with_splits(folder):
+    rows = [f'{r},{p}' for r, p in zip(ROWS, ['train', 'Train', 'val', 'test', 'train', 'TEST']*3)]
+    data = load_dataset(table(folder, rows[::-1], ' Path , LABEL,split'))
+    assert [len(x) for x in (data.train, data.val, data.test)] == [9, 3, 6] and data.split == 'column split of t.csv'
+    assert short(data.train)[0] == (['guide_dog', '04.png'], 2, '')   # its own order: few shots depend on it
+    assert data.few_shot(1).val and data.train[0].domain == ''
+
+
+def test_table_with_domains(folder):
+    rows = [f'{r},{"north" if i % 3 else "south"},more' for i, r in enumerate(ROWS)]
+    data = load_dataset(table(folder, rows, 'path,label,domain,note'))
+    assert data.domains == ['north', 'south'] and not data.by_domain and data.task == '' and len(data.train) == 12
+    out = load_dataset(folder/'t.csv', task='south')
+    assert {i.domain for i in out.test} == {'south'} and {i.domain for i in out.train} == {'north'} and (len(out.train), len(out.test)) == (12, 6)
+    assert out.task == 'south' and not out.by_domain and out.split == 'tested on south, trained on north' and out.origin == dict(name=str(folder/'t.csv'), task='south')
+    apart = load_dataset(folder/'t.csv', 'south', sources='rest')
+    assert apart.by_domain and apart.train == out.train and apart.origin['sources'] == 'rest'
+    for d in (out, apart): assert load_dataset(**d.origin).fingerprint == d.fingerprint and json.loads(json.dumps(d.origin)) == d.origin
+    assert out.pictures('test', test_transform(CLIP)).domains.tolist() == [1]*6
+    image, label = apart.few_shot(1).pictures('train', test_transform(CLIP))[0]
+    assert image.shape == (3, 32, 32)
+
+
+def test_shots_from_each_domain_of_a_table(folder):
+    rows = [f'{r},{"abc"[i % 3]},{"test" if i % 6 > 2 else "train"}' for i, r in enumerate(ROWS)]
+    data = load_dataset(table(folder, rows, 'path,label,domain,split'), task='a', sources=['c', 'b'])
+    assert Counter((i.domain, i.label) for i in data.few_shot(1).train) == {(d, l): 1 for d in 'bc' for l in range(3)}
+    assert {i.domain for i in data.test} == {'a'} and len(data.test) == 3 and data.origin['sources'] == ['c', 'b'] and load_dataset(**data.origin).fingerprint == data.fingerprint
+    assert {i.domain for i in load_dataset(folder/'t.csv', task='a', sources='b').train} == {'b'}
+
+
+def test_absolute_paths_and_other_folders(folder, tmp_path):
+    (tmp_path/'lists').mkdir()
+    data = load_dataset(table(tmp_path/'lists', [f'{folder}/{r}' for r in ROWS]))
+    assert short(data.train) == short(load_dataset(folder).train) and data.fingerprint and data.read(data.train[0]).size == (20, 20)
+
+
+def test_a_table_beside_the_pictures_or_not_at_all(folder):
+    (folder/'notes.csv').write_text('file,comment\n'); (folder/'broken.csv').write_bytes(b'\xff\xfe')
+    assert load_dataset(folder).name == 'pets'   # not tables of pictures
+    table(folder, ROWS), table(folder, ROWS, name='u.csv')
+    with pytest.raises(DataError) as e: load_dataset(folder)
+    one_line(e, 't.csv, u.csv', 'give the path')
+    assert load_dataset(folder/'u.csv').name == 'u'
+
+
+def test_broken_pictures_of_a_table(folder):
+    break_(folder/'cat'/'01.png', 'cut')
+    with pytest.raises(DataError) as e: load_dataset(table(folder, ROWS))
+    one_line(e, '1 of 18', 'cat/01.png', 'skip_broken')
+    with pytest.warns(UserWarning, match='01.png; left out') as said: data = load_dataset(folder/'t.csv', skip_broken=True)
+    assert said[0].filename == __file__ and len(data.train+data.test) == 17 and data.origin['skip_broken']
+
+
+R = ROWS
+@pytest.mark.parametrize('header,rows,says', [
+    ('path,label', [], ['lists no pictures', 'path,label']), ('', [], ['lists no pictures']), ('file,label', R, ["no column 'path'", 'file, label']), ('path;label', [r.replace(',', ';') for r in R], ["no column 'path'"]),
+    ('path,class', R, ["no column 'label'"]), ('path,label,label', [f'{r},x' for r in R], ['two columns of the same name']), ('path,label', [*R[:3], 'cat/03.png'], ['line 5', '1 cells under 2']),
+    ('path,label', [*R, 'cat/03.png,cat,x'], ['line 20', '3 cells']), ('path,label', ['cat/03.png,', *R], ['line 2', 'no label']), ('path,label', [',cat', *R], ['line 2', 'no path']),
+    ('path,label', ['../pets/cat/03.png,cat', *R], ['line 2', 'leaves the folder', 'absolute']), ('path,label', ['cat/../eel/03.png,cat', *R], ['leaves the folder']), ('path,label', ['a\\..\\b.png,cat', *R], ['leaves']),
+    ('path,label', [*R, 'cat/00.png,eel'], ['line 20', 'line 2', 'remove one']), ('path,label', [*R, './cat/00.png,cat'], ['listed before']), ('path,label', [*R, 'cat/99.png,cat', 'x/1.png,cat'], ['2 pictures', 'line 20', '99.png']),
+    ('path,label', R[:6], ['one class', 'two']), ('path,label', [*R[:6], 'eel/01.png,_'], ["'_'", 'empty class name']), ('path,label', [*R[:6], 'eel/01.png,guide dog', *R[12:]], ["'guide dog' and 'guide_dog'", 'same class name']),
+    ('path,label', R[:7], ["'eel'", 'one picture']), ('path,label,split', [f'{r},trian' for r in R], ['line 2', "'trian'", 'train, val or test']), ('path,label,split', [f'{r},' for r in R], ['line 2', 'no split']),
+    ('path,label,split', [f'{r},train' for r in R], ['no test picture']), ('path,label,split', [f'{r},test' for r in R], ["class 'cat'", 'no training picture']),
+    ('path,label,domain', [f'{r},' for r in R], ['line 2', 'no domain']), ('path,label', ['"cat/03.png,cat', *R], ['t.csv', 'cannot read'])])
+def test_table_that_cannot_be_used(folder, header, rows, says):
+    with pytest.raises(DataError) as e: load_dataset(table(folder, rows, header))
+    one_line(e, 't.csv', *says)
+
+
+@pytest.mark.parametrize('args,says', [(dict(task='south'), ["no column 'domain'", 'leave task out']), (dict(sources='rest'), ["no column 'domain'", 'leave sources out'])])
+def test_table_without_domains(folder, args, says):
+    with pytest.raises(DataError) as e: load_dataset(table(folder, ROWS), **args)
+    one_line(e, *says)
+    (folder/'t.csv').unlink()
+    with pytest.raises(DataError) as e: load_dataset(folder, **args)
+    one_line(e, 'a folder has no tasks', 'column')
+
+
+@pytest.mark.parametrize('args,says', [
+    (dict(task='soth'), ["did you mean 'south'"]), (dict(sources='rest'), ['need a task', 'north, south']), (dict(task='south', sources=['norht']), ["did you mean 'north'"]),
+    (dict(task='south', sources=[]), ['one or more domains']), (dict(task='south', sources=['south', 'north']), ['other than the task']), (dict(task='east'), ["class 'cat'", 'no training picture in the domains'])])
+def test_domains_that_are_not_there(folder, args, says):
+    rows = [f'{r},{"east" if r.startswith("cat") else "north" if i % 2 else "south"}' for i, r in enumerate(ROWS)]
+    with pytest.raises(DataError) as e: load_dataset(table(folder, rows, 'path,label,domain'), **args)
+    one_line(e, *says)
+
+
+def test_table_in_another_encoding_or_gone(folder):
+    (folder/'t.csv').write_bytes('path,label\ncat/00.png,Kätzchen'.encode('latin-1'))
+    with pytest.raises(DataError) as e: load_dataset(folder/'t.csv')
+    one_line(e, 't.csv', 'UTF-8')
+    (folder/'t.csv').write_bytes('\ufeffpath,label\n'.encode() + '\r\n'.join(ROWS).replace(',cat', ',Kätzchen').encode())   # as Excel saves it
+    assert 'Kätzchen' in load_dataset(folder/'t.csv').classnames
+    with pytest.raises(DataNotFound) as e: load_dataset(folder/'gone.csv')
+    one_line(e, 'gone.csv')
+
+
+# ---- any table at all ----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def pool(tmp_path_factory):
+    root = tmp_path_factory.mktemp('pool')
+    for c in 'ab': fill(root/c, 6)
+    return root
+
+POOL = [f'{c}/{i:02d}.png' for c in 'ab' for i in range(6)]
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NAMES = st.text('xyz é,"_', min_size=1, max_size=5).filter(lambda n: n.strip() == n and n.replace('_', ' ').strip())
+
+def write(path, rows):
+    import csv
+    with path.open('w', newline='', encoding='utf-8') as f: csv.writer(f).writerows(rows)
+    return path
+
+@quick
+@given(names=st.lists(NAMES, min_size=2, max_size=3, unique_by=lambda n: ' '.join(n.replace('_', ' ').split())), order=st.permutations(POOL), data=st.data())
+def test_valid_tables_load_as_written(pool, names, order, data):
+    labels = [*names, *names] + data.draw(st.lists(st.sampled_from(names), min_size=12-2*len(names), max_size=12-2*len(names)))
+    splits = ['train']*len(names) + ['test']*len(names) + data.draw(st.lists(st.sampled_from(['train', 'val', 'test']), min_size=12-2*len(names), max_size=12-2*len(names)))
+    rows = [*zip(order, labels, splits)]
+    loaded = load_dataset(write(pool/'t.csv', [('path', 'label', 'split'), *rows]))
+    assert loaded.classnames == [' '.join(n.replace('_', ' ').split()) for n in sorted(names)]
+    for part in ('train', 'val', 'test'):
+        assert [(i.path, i.label) for i in getattr(loaded, part)] == [(str(pool/p), sorted(names).index(l)) for p, l, s in rows if s == part]
+
+@quick
+@given(rows=st.lists(st.lists(st.sampled_from(['path', 'label', 'split', 'domain', 'train', 'test', 'a', 'b', '', '..', '\0', *POOL]) | st.text(max_size=4), max_size=4), max_size=8), header=st.booleans(),
+       junk=st.binary(max_size=3), task=st.sampled_from([None, 'a']))
+def test_any_table_loads_or_gets_one_line(pool, rows, header, junk, task):
+    write(pool/'t.csv', [('path', 'label')]*header + rows)
+    (pool/'t.csv').write_bytes((pool/'t.csv').read_bytes() + junk)
+    try: load_dataset(pool/'t.csv', task=task)
+    except DataError as e: assert '\n' not in str(e) and len(str(e)) < 700
