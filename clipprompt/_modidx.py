@@ -642,6 +642,7 @@ d = { 'settings': { 'branch': 'main',
                                                                                         'clipprompt/zeroshot.py'),
                                      'clipprompt.zeroshot.ZeroShot': ('zeroshot.html#zeroshot', 'clipprompt/zeroshot.py'),
                                      'clipprompt.zeroshot.ZeroShot.__init__': ('zeroshot.html#zeroshot.__init__', 'clipprompt/zeroshot.py'),
+                                     'clipprompt.zeroshot.ZeroShot.choose': ('zeroshot.html#zeroshot.choose', 'clipprompt/zeroshot.py'),
                                      'clipprompt.zeroshot.ZeroShot.text_features': ( 'zeroshot.html#zeroshot.text_features',
                                                                                      'clipprompt/zeroshot.py'),
                                      'clipprompt.zeroshot.best_template': ('zeroshot.html#best_template', 'clipprompt/zeroshot.py')}}}
