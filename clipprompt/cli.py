@@ -137,6 +137,7 @@ def sweep_command(
     cpus:Annotated[float, typer.Option(help='of each run, with Ray')]=1.,
     gpus:Annotated[float, typer.Option(help='of each run, with Ray; 0.25 puts four runs on a GPU')]=0.,
     retries:Annotated[int, typer.Option(min=0, help='after a run failed or its worker died')]=2,
+    skip_broken:Annotated[bool, typer.Option('--skip-broken', help='leave unreadable images out instead of stopping')]=False,
     model:Model='picto-clip', pretrained:Weights=None, precision:Half=None, cache:Cache=None,
 ):
     """Do what is missing of a grid of runs; each finished run is one file.
@@ -144,7 +145,7 @@ def sweep_command(
     Examples:  clipprompt sweep --methods coop,vpt --seeds 1,2,3 --plan     clipprompt sweep --task caltech101,dtd --root DATA --protocol few-shot,base-to-new --shots 1,2,4,8,16 --ray local --gpus 0.25
     """
     runs = grid(_list(methods, what='methods'), _list(task, what='task'), _list(protocols, what='protocol'), _list(shots, int, 'shots'), _list(seeds, int, 'seeds'),
-        backbone=model, pretrained=pretrained, precision=precision, root=root and str(root.absolute()), targets=tuple(_list(targets, what='targets')) if targets else (), budget=budget, epochs=epochs)
+        backbone=model, pretrained=pretrained, precision=precision, root=root and str(root.absolute()), targets=tuple(_list(targets, what='targets')) if targets else (), budget=budget, epochs=epochs, skip_broken=skip_broken)
     if plan:
         missing = [r for r in runs if not (out_dir/'records'/f'{load_run(r).name}.json').exists()]
         for r in missing: out.print(str(r))
@@ -263,9 +264,14 @@ def _images(paths:list[str]) -> list[Path]:
     return found
 
 def _names(text:str) -> list[str]:
-    "Class names: a file with one per line, or a list with commas"
+    "Class names, each once: a file with one per line, or a list with commas"
     path = Path(text).expanduser()
-    if ',' in text or not (path.is_file() or path.suffix == '.txt'): return [c.strip() for c in text.split(',')]
+    names = [c.strip() for c in text.split(',')] if ',' in text or not (path.is_file() or path.suffix == '.txt') else _lines(path, text)
+    for n in names:
+        if names.count(n) > 1: raise ValueError(f"class name '{n}' is given twice; name each class once")
+    return names
+
+def _lines(path:Path, text:str) -> list[str]:
     try: names = [line.strip() for line in path.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
     except FileNotFoundError: raise FileNotFoundError(f'there is no file {text} of class names; check the path, or give names with commas') from None
     except (UnicodeDecodeError, OSError) as e: raise ValueError(f'cannot read class names from {text} ({e}); save it as UTF-8 text, one name per line') from None

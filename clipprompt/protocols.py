@@ -70,7 +70,7 @@ SCORES = 'base', 'new', 'h', 'accuracy', 'source'
 
 def _row(method, protocol, data, shots, seed, start, learner, hits={}, **scores) -> dict:
     tested = {k: s for k, s in scores.items() if not isinstance(s, float)}
-    return dict(method=method.name, protocol=protocol, task=data.task or data.name, shots=shots, seed=seed) | dict.fromkeys(SCORES, math.nan) | scores | {k: s.accuracy for k, s in tested.items()} | dict(
+    return dict(method=method.name, protocol=protocol, task=data.task if data.name == 'pictograms' else _called(data), shots=shots, seed=seed) | dict.fromkeys(SCORES, math.nan) | scores | {k: s.accuracy for k, s in tested.items()} | dict(
         seconds=perf_counter()-start, trainable=sum(p.numel() for p in learner.parameters())) | {f'hits_{k}': pack_hits(s.hits) for k, s in (tested | hits).items()}
 
 def _called(data:DataSet) -> str: return f'{data.name}/{data.task}' if data.task else data.name

@@ -39,6 +39,7 @@ class Run:
     targets:tuple[str, ...]=()       # of protocol 'cross'
     budget:str='book'                # 'book' or 'paper' recipes
     epochs:int|None=None             # instead of the recipe's
+    skip_broken:bool=False           # leave unreadable images of a folder out
 
     def __str__(self): return f"{self.method} {self.protocol} {self.task}, {self.shots} shots, seed {self.seed}"
 
@@ -60,8 +61,8 @@ def _backbone(name:str, pretrained:str|None, precision:str|None, cache:str|None)
     return load_backbone(name, pretrained, precision=precision, cache=cache)
 
 @lru_cache(maxsize=8)
-def _data(task:str, protocol_name:str, root:str|None) -> tuple[DataSet, str]: # and its fingerprint
-    data = find_data(task, 'domain' if protocol_name == 'domain' else 'few-shot', root)
+def _data(task:str, protocol_name:str, root:str|None, skip_broken:bool) -> tuple[DataSet, str]: # and its fingerprint
+    data = find_data(task, 'domain' if protocol_name == 'domain' else 'few-shot', root, skip_broken)
     return data, data.fingerprint
 
 # %% ../nbs/22_sweep.ipynb #22-013
@@ -80,8 +81,8 @@ def load_run(run:Run,
 ) -> Loaded:
     "Raises what is wrong with it: unknown names, missing data, too few pictures"
     clip = _backbone(run.backbone, run.pretrained, run.precision, cache and str(cache))
-    data, mark = _data(run.task, run.protocol, run.root)
-    targets = [_data(t, 'cross', run.root) for t in run.targets]
+    data, mark = _data(run.task, run.protocol, run.root, run.skip_broken)
+    targets = [_data(t, 'cross', run.root, run.skip_broken) for t in run.targets]
     if run.protocol == 'cross' and not targets: second_set(data)
     if run.protocol == 'base-to-new': data.new()
     draw(data, run.shots, run.seed)
