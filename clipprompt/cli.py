@@ -18,7 +18,7 @@ from typing import Annotated
 import pandas as pd
 import torch
 import typer
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -144,8 +144,9 @@ def sweep_command(
 
     Examples:  clipprompt sweep --methods coop,vpt --seeds 1,2,3 --plan     clipprompt sweep --task caltech101,dtd --root DATA --protocol few-shot,base-to-new --shots 1,2,4,8,16 --ray local --gpus 0.25
     """
-    runs = grid(_list(methods, what='methods'), _list(task, what='task'), _list(protocols, what='protocol'), _list(shots, int, 'shots'), _list(seeds, int, 'seeds'),
-        backbone=model, pretrained=pretrained, precision=precision, root=root and str(root.absolute()), targets=tuple(_list(targets, what='targets')) if targets else (), budget=budget, epochs=epochs, skip_broken=skip_broken)
+    out_dir = out_dir.expanduser()
+    runs = grid(_list(methods, what='methods'), TASKS if task == 'all' else _list(task, what='task'), _list(protocols, what='protocol'), _list(shots, int, 'shots'), _list(seeds, int, 'seeds'),
+        backbone=model, pretrained=pretrained, precision=precision, root=root and str(root), targets=_list(targets, what='targets') if targets else (), budget=budget, epochs=epochs, skip_broken=skip_broken)
     if plan:
         missing = [r for r in runs if not (out_dir/'records'/f'{load_run(r).name}.json').exists()]
         for r in missing: out.print(str(r))
@@ -154,7 +155,7 @@ def sweep_command(
     left = sweep(runs, out_dir, 'ray' if ray else 'here', retries, cpus, gpus, None if ray == 'local' else ray, cache)
     if left.records:
         _show(table(left.rows))
-        write_table(out_dir/'results.csv', left.records)
+        write_table(out_dir/'results.csv', read_records(out_dir/'records'))          # all that is in the folder, whoever did it
         out.print(f'wrote {out_dir}/results.csv')
     for run, said in left.failed.items(): err.print(f'failed: {run}: {said.strip().splitlines()[-1]}')
     if left.failed: raise ValueError(f"failed runs: {len(left.failed)} of {len(runs)}; their tracebacks are in {out_dir/'failed'}; the same command tries them again")
@@ -282,7 +283,8 @@ def _open(path:Path) -> Image.Image:
     try:
         with open_image(path) as image: return to_rgb(image)
     except FileNotFoundError: raise FileNotFoundError(f'there is no image {path}; check the path') from None
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise ValueError(f'cannot read the image {path} ({e}); repair it, or use --skip-broken') from None
+    except Exception as e: raise ValueError(    # PIL raises many kinds
+        f'cannot read the image {path} ({e}); repair it, or use --skip-broken') from None
 
 # %% ../nbs/40_cli.ipynb #40-015
 @torch.no_grad()

@@ -49,7 +49,7 @@ def check_writable(path:str|Path):
     "Raise now what `write_safely` would raise later"
     if Path(path).is_dir(): raise IsADirectoryError(f'cannot write {path} (it is a folder); choose a file name')
     write_safely(Path(path).with_name(f'.{Path(path).name}.check'), lambda tmp: tmp.touch())
-    Path(path).with_name(f'.{Path(path).name}.check').unlink()
+    Path(path).with_name(f'.{Path(path).name}.check').unlink(missing_ok=True)                 # another process may ask at the same moment
 
 # %% ../nbs/05_learner.ipynb #05-009
 def _sum(tensors:dict[str, Tensor]) -> str: # 16 hex digits

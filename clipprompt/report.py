@@ -26,7 +26,7 @@ from .learner import PromptLearner, Recipe, check_writable, read_prompts
 from .map_dafe import MAPDAFE
 from .metaprompt import MetaPrompt
 from .mudpt import MuDPT
-from .protocols import Method, draw, protocol, read_records, record, run_id, second_set, summary, unpack_hits, write_table
+from .protocols import Method, apart, draw, protocol, read_records, record, run_id, second_set, summary, unpack_hits, write_table
 from .provp import ProVP, ProVPRef
 from .variational import VariationalCoCoOp, VariationalCoOp
 from .zeroshot import BestTemplate, LinearProbe, ZeroShot
@@ -104,7 +104,9 @@ def compare(
     protocol(protocol_name)
     chosen, backbone = [find_method(m, budget, protocol_name) for m in methods], backbone or load_backbone()
     runs = [(task, k, seed, m) for task in tasks for k in shots for seed in seeds for m in chosen]
+    if len(targets) and protocol_name != 'cross': raise ValueError(f"protocol '{protocol_name}' has no targets; leave them out (--targets), or use cross")
     data, aims = {t: find_data(t, protocol_name, root, skip_broken) for t in tasks}, [find_data(t, 'cross', root, skip_broken) for t in targets]
+    apart(data.values()); apart(aims)
     for d in data.values():                      # everything that can be wrong, before the first run
         if protocol_name == 'cross' and not aims: second_set(d)
         for k in shots: draw(d, k)
@@ -118,7 +120,7 @@ def compare(
         recipe = recipe and replace(recipe, epochs=epochs or recipe.epochs, select=select)
         asked.append(key := run_id(m, recipe, protocol_name, prints[task], k, seed, backbone, marks))
         if key in rows: continue
-        rows[key] = record(m, protocol_name, backbone, data[task], k, seed, recipe, aims or None, progress=progress)
+        rows[key] = record(m, protocol_name, backbone, data[task], k, seed, recipe, aims or None, prints[task], progress=progress)
         if out: write_table(Path(out)/'results.csv', rows.values())
     return pd.DataFrame([rows[key] for key in asked])
 
@@ -132,6 +134,7 @@ def table(rows:pd.DataFrame) -> pd.DataFrame: # text cells
         if c in s and s[c].notna().any(): out[c] = [cell(*x) for x in zip(s[c], s[f'{c}_std'], s.seeds)]
         if c == 'new' and s.h.notna().any(): out['h'] = [cell(h, 0, 1) for h in s.h]
     if s.shots.nunique() == 1: out = out.drop(columns='shots')
+    if s.protocol.nunique() > 1: out.insert(0, 'protocol', s.protocol)
     return out.assign(trainable=[f'{t:,}' for t in s.trainable], seconds=[f'{t:.0f}' for t in s.seconds])
 
 def colour(method:str) -> str:

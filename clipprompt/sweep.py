@@ -6,7 +6,7 @@
 __all__ = ['Run', 'grid', 'Loaded', 'load_run', 'attempt', 'Swept', 'sweep']
 
 # %% ../nbs/22_sweep.ipynb #22-003
-import json, time, traceback
+import hashlib, json, os, time, traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -18,10 +18,10 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .backbone import Backbone, load_backbone
-from .data import DataSet
+from .data import PUBLIC, DataSet
 from .learner import Recipe, check_writable, write_safely
-from .protocols import Method, draw, protocol, read_records, record, run_id, second_set, write_record
-from .report import find_data, find_method
+from .protocols import Method, apart, draw, protocol, read_records, record, run_id, second_set, write_record
+from .report import TASKS, find_data, find_method
 
 # %% ../nbs/22_sweep.ipynb #22-007
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Run:
     epochs:int|None=None             # instead of the recipe's
     skip_broken:bool=False           # leave unreadable images of a folder out
 
+    def __post_init__(self): object.__setattr__(self, 'targets', tuple(self.targets))      # a list, as JSON gives it, has no hash
+
     def __str__(self): return f"{self.method} {self.protocol} {self.task}, {self.shots} shots, seed {self.seed}"
 
 # %% ../nbs/22_sweep.ipynb #22-009
@@ -53,7 +55,15 @@ def grid(
         if isinstance(given, str) or not len(given): raise ValueError(f'{what} must be a list with at least one entry, not {given!r}')
     for m in methods: find_method(m, same.get('budget', 'book'))
     for p in protocols: protocol(p)
-    return list(dict.fromkeys(Run(m, t, p, k, s, **same) for t, p, k, s, m in product(tasks, protocols, shots, seeds, methods)))
+    there = {k: _whole(same[k]) for k in ('root', 'pretrained') if same.get(k)} | dict(targets=[_whole(t) for t in same.get('targets', ())])
+    if root := there.get('root') or os.environ.get('CLIPPROMPT_DATA'): there['root'] = str(Path(root).expanduser().absolute())
+    return list(dict.fromkeys(Run(m, _whole(t), p, k, s, **same | there) for t, p, k, s, m in product(tasks, protocols, shots, seeds, methods)))
+
+def _whole(text:str) -> str:
+    "A path in full, because a worker may start in another folder; names stay"
+    path = Path(str(text)).expanduser()
+    known = str(text).partition('/')[0] in ('pictograms', 'emoji', 'styles', *TASKS, *PUBLIC)
+    return str(path.absolute()) if not known and path.exists() else str(text)
 
 # %% ../nbs/22_sweep.ipynb #22-012
 @lru_cache(maxsize=1)
@@ -74,6 +84,7 @@ class Loaded:
     backbone:Backbone
     data:DataSet
     targets:list[DataSet]
+    mark:str # fingerprint of the data
     name:str # 16 hex digits
 
 def load_run(run:Run,
@@ -82,19 +93,20 @@ def load_run(run:Run,
     "Raises what is wrong with it: unknown names, missing data, too few pictures"
     clip = _backbone(run.backbone, run.pretrained, run.precision, cache and str(cache))
     data, mark = _data(run.task, run.protocol, run.root, run.skip_broken)
-    targets = [_data(t, 'cross', run.root, run.skip_broken) for t in run.targets]
+    targets = [_data(t, 'cross', run.root, run.skip_broken) for t in run.targets] if run.protocol == 'cross' else []
     if run.protocol == 'cross' and not targets: second_set(data)
     if run.protocol == 'base-to-new': data.new()
     draw(data, run.shots, run.seed)
     method = find_method(run.method, run.budget, run.protocol)
     recipe = method.planned(run.protocol, run.shots, data.name)
     if recipe and run.epochs: recipe = replace(recipe, epochs=run.epochs)
-    return Loaded(method, recipe, clip, data, [t for t, _ in targets], run_id(method, recipe, run.protocol, mark, run.shots, run.seed, clip, [m for _, m in targets]))
+    return Loaded(method, recipe, clip, data, [t for t, _ in targets], mark, run_id(method, recipe, run.protocol, mark, run.shots, run.seed, clip, [m for _, m in targets]))
 
 # %% ../nbs/22_sweep.ipynb #22-017
 def attempt(run:Run, out:str|Path,
     retries:int=2,               # after a failure
     cache:str|Path|None=None,    # folder of frozen features; OUT/features where None
+    patience:float=5.,           # seconds before the second try, twice as many before the third
 ) -> tuple[str, str]: # 'done', 'busy' or 'failed'; the record's file, or the traceback
     "Do a run, unless it is done or somebody is at it. Raises nothing: what goes wrong is returned"
     out = Path(out)
@@ -108,25 +120,31 @@ def attempt(run:Run, out:str|Path,
                 if not path.exists(): _do(run, at, out)
             return 'done', str(path)
         except Timeout: return 'busy', ''
-        except Exception: said = traceback.format_exc()
+        except Exception as e:
+            said = traceback.format_exc()
+            if isinstance(e, ValueError): break
+            if trial < retries: time.sleep(patience*(trial+1))
     return 'failed', said
 
 def _do(run:Run, at:Loaded, out:Path):
     half = out/'checkpoints'/f'{at.name}.safetensors'
-    rec = record(at.method, run.protocol, at.backbone, at.data, run.shots, run.seed, at.recipe, at.targets or None, checkpoint=half)
+    rec = record(at.method, run.protocol, at.backbone, at.data, run.shots, run.seed, at.recipe, at.targets or None, at.mark, checkpoint=half)
     write_record(out/'records', rec)
     half.unlink(missing_ok=True)
 
 # %% ../nbs/22_sweep.ipynb #22-021
-def _here(runs:list[Run], out:Path, retries:int, cache, **_) -> Iterator[tuple[Run, tuple[str, str]]]:
-    for run in runs: yield run, attempt(run, out, retries, cache)
+def _here(runs:list[Run], out:Path, retries:int, cache, patience:float, **_) -> Iterator[tuple[Run, tuple[str, str]]]:
+    for run in runs: yield run, attempt(run, out, retries, cache, patience)
 
-def _ray(runs:list[Run], out:Path, retries:int, cache, cpus:float, gpus:float, address:str|None) -> Iterator[tuple[Run, tuple[str, str]]]:
+def _ray(runs:list[Run], out:Path, retries:int, cache, patience:float, cpus:float, gpus:float, address:str|None) -> Iterator[tuple[Run, tuple[str, str]]]:
     try: import ray
     except ImportError: raise ValueError("Ray is not installed; pip install 'clipprompt[ray]', or run the sweep here (without --ray)") from None
-    if not ray.is_initialized(): ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False)
+    if not ray.is_initialized(): ray.init(address=address or 'local', include_dashboard=None if address else False, log_to_driver=False)
+    nodes = [n['Resources'] for n in ray.nodes() if n['Alive']]                       # Ray would wait for ever for what no machine has
+    if not any(n.get('CPU', 0) >= cpus and n.get('GPU', 0) >= gpus for n in nodes): raise ValueError(f'no machine of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs for a run; lower cpus (--cpus) or gpus (--gpus)')
+    if not gpus and any(n.get('GPU') for n in nodes): raise ValueError('the Ray cluster has GPUs, but a run asks for none, and all would crowd on the first; give gpus (--gpus), such as 0.25, or hide them with CUDA_VISIBLE_DEVICES= when Ray starts')
     work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(attempt)   # Ray's retries are for workers that die, ours for runs that fail
-    waiting = {work.remote(run, out, retries, cache): run for run in runs}
+    waiting = {work.remote(run, out, retries, cache, patience): run for run in runs}
     while waiting:
         (ready,), _ = ray.wait(list(waiting), num_returns=1)
         run = waiting.pop(ready)
@@ -149,20 +167,23 @@ def sweep(
     backend:str='here',        # or 'ray'
     retries:int=2,             # after a run failed or its worker died
     cpus:float=1, gpus:float=0,# of each run, with Ray; a part of a GPU is fine
-    address:str|None=None,     # of a Ray cluster; a local one is started where None
+    address:str|None=None,     # of a Ray cluster; one of this machine alone is started where None
     cache:str|Path|None=None,  # folder of frozen features; OUT/features where None. On a cluster: a folder of each node's own disk
     progress:bool=True,
-    patience:float=5.,         # seconds between two looks at a run that somebody else is doing
+    patience:float=5.,         # seconds between two tries, and between two looks at a run that somebody else is doing
 ) -> Swept:
-    "Do what is missing of a list of runs. Raises ValueError or OSError before the first run where none could work"
+    "Do what is missing of a list of runs. Raises ValueError or OSError before the first run where weights or data cannot be loaded"
     if backend not in ('here', 'ray'): raise ValueError(f"unknown backend '{backend}'; use here or ray")
-    out = Path(out).expanduser().absolute()
+    out, cache = Path(out).expanduser().absolute(), cache and Path(cache).expanduser().absolute()
     check_writable(out/'records'/'check')
+    for args in dict.fromkeys((r.backbone, r.pretrained, r.precision) for r in runs): _backbone(*args, str(cache or out/'features'))
+    sets = {args: _data(*args)[0] for args in dict.fromkeys((t, p, r.root, r.skip_broken) for r in runs for t, p in [(r.task, r.protocol), *((t, 'cross') for t in r.targets)])}
+    for p in {p for _, p, _, _ in sets}: apart([d for (_, q, _, _), d in sets.items() if q == p])
     todo, failed, done = list(dict.fromkeys(runs)), {}, {}
     with tqdm(total=len(todo), unit='run', disable=not progress) as bar:
         while todo:
             busy = []
-            for run, (state, said) in (_here if backend == 'here' else _ray)(todo, out, retries, cache, cpus=cpus, gpus=gpus, address=address):
+            for run, (state, said) in (_here if backend == 'here' else _ray)(todo, out, retries, cache, patience, cpus=cpus, gpus=gpus, address=address):
                 if state == 'busy': busy.append(run); continue
                 if state == 'done': done[run] = said
                 else: failed[run] = said
@@ -174,6 +195,8 @@ def sweep(
 
 def _tell(out:Path, run:Run, said:str|None):
     "A failure as a file for people; gone when the run succeeds"
-    path = out/'failed'/(''.join(c if c.isalnum() or c in '-.' else '_' for c in '_'.join(map(str, asdict(run).values())))[:150]+'.txt')
-    if said: write_safely(path, lambda tmp: tmp.write_text(f'{json.dumps(asdict(run))}\n\n{said}'))
-    else: path.unlink(missing_ok=True)
+    text = json.dumps(asdict(run), default=str)
+    name = ''.join(c if c.isascii() and (c.isalnum() or c in '-.') else '_' for c in str(run))[:80]
+    path = out/'failed'/f'{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt'
+    try: write_safely(path, lambda tmp: tmp.write_text(f'{text}\n\n{said}')) if said else path.unlink(missing_ok=True)
+    except OSError: pass                         # on a full disk the sweep still goes on; the traceback is in `Swept.failed`, too

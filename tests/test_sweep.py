@@ -2,22 +2,29 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from filelock import FileLock
 
 from clipprompt import sweep as sweep_module
 from clipprompt.backbone import assets, load_backbone
 from clipprompt.data import load_dataset
+from clipprompt.learner import check_writable
 from clipprompt.protocols import read_records, record, rerun, write_record, write_table
 from clipprompt.report import METHODS, compare
 from clipprompt.sweep import Run, attempt, grid, load_run, sweep
+from clipprompt.training import evaluate
 from helpers import clipprompt, one_line, refused, shapes, works
 
 SCORES = ['base', 'new', 'h', 'accuracy', 'hits_base', 'hits_new', 'hits_accuracy']
@@ -97,7 +104,7 @@ def test_failures_are_tried_again_and_reported(runs, tmp_path, monkeypatch):
         do(run, at, out)
     some = [r for r in runs if r.protocol == 'few-shot' and r.seed == 1]
     monkeypatch.setattr(sweep_module, '_do', fails)
-    left = sweep(some, tmp_path, progress=False)
+    left = sweep(some, tmp_path, progress=False, patience=.01)
     assert did == [some[0]]*3 + [some[1]] + [some[2]]*3 and len(left.records) == 2                        # the first succeeds on its third try
     assert list(left.failed) == [some[2]] and 'Traceback' in left.failed[some[2]] and 'is full' in left.failed[some[2]]
     told = list((tmp_path/'failed').iterdir())
@@ -283,6 +290,72 @@ def test_records_that_are_none(tmp_path, name, text, says):
     one_line(e, *says)
     with pytest.raises(FileNotFoundError) as e: read_records(tmp_path/'nothing')
     one_line(e, 'no records', 'results.csv')
+
+
+def test_a_folder_that_moved(photos, tmp_path):
+    here = shutil.copytree(photos, tmp_path/'a'/'photos')
+    r = record(METHODS['zero-shot'], 'few-shot', load_backbone(device='cpu'), load_dataset(here), 2)
+    shutil.move(here, tmp_path/'b'/'photos')
+    for root in (tmp_path/'b', tmp_path/'b'/'photos'): assert rerun(r, METHODS['zero-shot'].cls, root, device='cpu')['hits_accuracy'] == r['hits_accuracy']
+
+
+def test_text_stays_text(rec, tmp_path):
+    odd = rec | dict(task='2024', fingerprint='12e4567890123456', split='null')
+    write_table(tmp_path/'r.csv', [odd, rec | dict(run='0'*16)])
+    back = read_records(tmp_path/'r.csv')[0]
+    assert (back['task'], back['fingerprint'], back['split'], back['shots'], back['run']) == ('2024', '12e4567890123456', 'null', 2, rec['run'])
+
+
+def test_names_in_a_table_are_apart(photos, tmp_path):
+    other = shutil.copytree(photos, tmp_path/'b'/'photos')
+    for call in (lambda: compare(['zero-shot'], shots=[1], tasks=[str(photos), str(other)], progress=False), lambda: sweep(grid(['zero-shot'], [str(photos), str(other)], shots=[1]), tmp_path/'out', progress=False),
+                 lambda: record(METHODS['zero-shot'], 'cross', load_backbone(device='cpu'), load_dataset(task='icons'), 1, targets=[load_dataset(photos), load_dataset(other)])):
+        with pytest.raises(ValueError) as e: call()
+        one_line(e, "'photos'", 'rename')
+
+
+def test_targets_are_for_cross(photos, tmp_path):
+    for call in (lambda: record(METHODS['zero-shot'], 'few-shot', load_backbone(device='cpu'), load_dataset(photos), 1, targets=[load_dataset(photos)]), lambda: compare(['zero-shot'], shots=[1], protocol_name='few-shot', tasks=[str(photos)], targets=['emoji'])):
+        with pytest.raises(ValueError) as e: call()
+        one_line(e, 'few-shot', 'no targets', 'cross')
+    both = sweep(grid(['zero-shot'], ['icons'], ['few-shot', 'cross'], [1], [1], targets=['emoji']), tmp_path, progress=False)
+    assert len(both.records) == 2 and not both.failed and sorted(r['protocol'] for r in both.records) == ['cross', 'few-shot']
+
+
+def test_a_targets_own_sentence(photos):
+    "Zero-shot on a target reads the target's template, not the source's"
+    clip, source = load_backbone(device='cpu'), load_dataset(task='icons')
+    target = replace(load_dataset(photos), template='a drawing of a {}.')
+    rec = record(METHODS['zero-shot'], 'cross', clip, source, 1, targets=[target])
+    theirs = evaluate(METHODS['zero-shot'].cls(clip, target.classnames, 'a drawing of a {}.'), target)
+    ours = evaluate(METHODS['zero-shot'].cls(clip, target.classnames), target)
+    assert rec['accuracy'] == theirs.accuracy and not torch.equal(ours.logits, theirs.logits)
+
+
+def test_paths_in_full_and_names_as_they_are(photos, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    run, = grid(['zero-shot'], ['photos'], seeds=[1], root='~/data', targets=['emoji', 'photos'])
+    assert (run.task, run.root, run.targets) == (str(photos), os.path.expanduser('~/data'), ('emoji', str(photos))) and grid(['zero-shot'], ['pacs/sketch'], seeds=[1])[0].task == 'pacs/sketch'
+
+
+def test_a_full_disk_does_not_stop_the_rest(runs, tmp_path, monkeypatch):
+    (tmp_path/'failed').touch()                                                        # no report can be written
+    left = sweep([Run('zero-shot', runs[0].task, shots=99), runs[0]], tmp_path, progress=False)
+    assert len(left.records) == 1 and len(left.failed) == 1
+
+
+def test_check_writable_by_many_at_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool: list(pool.map(lambda _: check_writable(tmp_path/'r'), range(200)))
+
+
+def test_ray_is_not_asked_for_what_it_has_not(monkeypatch, tmp_path):
+    fake = types.SimpleNamespace(is_initialized=lambda: True, nodes=lambda: [dict(Alive=True, Resources=dict(CPU=2.))], remote=None)
+    monkeypatch.setitem(sys.modules, 'ray', fake)
+    with pytest.raises(ValueError) as e: sweep([Run('zero-shot')], tmp_path, 'ray', gpus=.25, progress=False)
+    one_line(e, '0.25 GPUs', '--gpus')
+    fake.nodes = lambda: [dict(Alive=True, Resources=dict(CPU=2., GPU=1.))]
+    with pytest.raises(ValueError) as e: sweep([Run('zero-shot')], tmp_path, 'ray', progress=False)
+    one_line(e, 'has GPUs', '--gpus')
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
