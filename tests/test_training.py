@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -346,15 +347,21 @@ def test_tracked_once_after_kill_9(killed):
     assert [v for _, v in points['test_accuracy']] == pytest.approx(tested)
 
 
-def test_interrupt_in_python_keeps_the_checkpoint(few, clip32, tmp_path, monkeypatch):
+@contextmanager
+def interrupted(monkeypatch, n):
+    "Ctrl-C in the n-th training step"
     step, steps = PromptLearner.training_step, []
     def stops(self, batch, optimizer):
         steps.append(1)
-        if len(steps) == 5: raise KeyboardInterrupt
+        if len(steps) == n: raise KeyboardInterrupt
         return step(self, batch, optimizer)
-    with monkeypatch.context() as m:
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(PromptLearner, 'training_step', stops)
-        with pytest.raises(KeyboardInterrupt): train(clip32, few, checkpoint=tmp_path/'c')
+        yield
+
+
+def test_interrupt_in_python_keeps_the_checkpoint(few, clip32, tmp_path, monkeypatch):
+    with interrupted(monkeypatch, 5): train(clip32, few, checkpoint=tmp_path/'c')
     assert torch.equal(train(clip32, few, checkpoint=tmp_path/'c')[1], train(clip32, few)[1])
     assert [p.name for p in tmp_path.iterdir()] == ['c']
 
@@ -414,14 +421,8 @@ def test_tracker_of_ones_own(few, clip32):
 
 
 def test_tracker_goes_on_counting(few, clip32, tmp_path, monkeypatch):
-    step, steps, first, second = PromptLearner.training_step, [], Points(), Points()
-    def stops(self, batch, optimizer):
-        steps.append(1)
-        if len(steps) == 8: raise KeyboardInterrupt
-        return step(self, batch, optimizer)
-    with monkeypatch.context() as m:
-        m.setattr(PromptLearner, 'training_step', stops)
-        with pytest.raises(KeyboardInterrupt): train(clip32, few, recipe=LONG, checkpoint=tmp_path, tracker=first)
+    first, second = Points(), Points()
+    with interrupted(monkeypatch, 8): train(clip32, few, recipe=LONG, checkpoint=tmp_path, tracker=first)
     report, _ = train(clip32, few, recipe=LONG, checkpoint=tmp_path, tracker=second)
     assert [s for t, s, _ in first if t == 'loss'] == [1, 2] and [s for t, s, _ in second if t == 'loss'] == [3, 4, 5, 6]
     assert [v for t, _, v in first+second if t == 'loss'] == report.losses
