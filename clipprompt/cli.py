@@ -95,7 +95,7 @@ def compare_command(
     seeds:Annotated[str, typer.Option(help='one run per seed; the papers take 1,2,3')]='1',
     shots:Annotated[str|None, typer.Option(help="training images per class; several make a curve; 16 where not given, 4 per source in protocol domain")]=None,
     protocol_name:Annotated[str, typer.Option('--protocol', help=' or '.join(PROTOCOLS))]='base-to-new',
-    task:Annotated[str, typer.Option(help=f"{'|'.join(TASKS)}|styles|all, a public data set (caltech101, pacs/sketch), or a folder of images")]='pixels',
+    task:Annotated[str, typer.Option(help=f"{'|'.join(TASKS)}|styles|all, a public data set (caltech101, pacs/sketch), a folder of images, or a table (photos.csv, photos.csv/sketch)")]='pixels',
     root:Root=None, targets:Targets=None, budget:Budget='book',
     epochs:Annotated[int|None, typer.Option(min=1, help="instead of each method's own number")]=None,
     out_dir:Annotated[Path, typer.Option('--out', help='folder for results.csv and compare.png; what is finished there is not run again')]=Path('clipprompt-results'),
@@ -125,7 +125,7 @@ def compare_command(
 @app.command('sweep')
 def sweep_command(
     methods:Annotated[str, typer.Option(help=f'comma-separated; known: {", ".join(METHODS)}')]=','.join(METHODS),
-    task:Annotated[str, typer.Option(help="comma-separated: domains of Pictograms, public data sets, folders")]='pixels',
+    task:Annotated[str, typer.Option(help="comma-separated: domains of Pictograms, public data sets, folders, tables")]='pixels',
     protocols:Annotated[str, typer.Option('--protocol', help='comma-separated: ' + ', '.join(PROTOCOLS))]='base-to-new',
     shots:Annotated[str, typer.Option(help='training images per class, comma-separated')]='16',
     seeds:Annotated[str, typer.Option(help='comma-separated')]='1,2,3',
@@ -187,8 +187,8 @@ def rerun_command(
 # %% ../nbs/40_cli.ipynb #40-011
 class Classes(str, Enum): all, base, new = 'all', 'base', 'new'
 
-Data = Annotated[str, typer.Argument(help="'pictograms', 'emoji', or a folder with one sub-folder of images per class")]
-Task = Annotated[str|None, typer.Option(help=f"domain of pictograms: {'|'.join(TASKS)}|styles")]
+Data = Annotated[str, typer.Argument(help="'pictograms', 'emoji', a public data set (caltech101), a folder with one sub-folder of images per class, or a table (.csv) of path and label")]
+Task = Annotated[str|None, typer.Option(help=f"a domain of the data; of pictograms: {'|'.join(TASKS)}|styles")]
 Which = Annotated[Classes, typer.Option(help='all classes, or the base or new half')]
 Skip = Annotated[bool, typer.Option('--skip-broken', help='leave unreadable images out instead of stopping')]
 Prompts = Annotated[str, typer.Argument(help="file from `clipprompt train`, or hf://user/name[@revision] from the Hugging Face hub")]

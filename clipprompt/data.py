@@ -854,14 +854,14 @@ def _from_table(file:Path, task:str|None, sources, skip_broken:bool) -> DataSet:
         if domains == ['']: raise DataError(f"{file} has no column 'domain', so it has no task or sources; leave {'task' if task else 'sources'} out")
         if not task: raise DataError(f"sources need a task to test on, one of {', '.join(domains)[:200]}")
         if task not in domains: raise _unknown('domain', task, domains)
-        chosen = _chosen(sources, task, domains)
+        chosen = [task] if sources is None else _chosen(sources, task, domains)
         table = [r for r in table if r['domain'] in [task, *chosen]]
     if not parted: table.sort(key=lambda r: r['path'])
     label = {c: i for i, c in enumerate(classes)}
     def items(keep): return [Item(r['path'], label[r['label']], r['domain']) for r in table if keep(r)]
     readable = {i.path for i in _readable(items(lambda r: True), file.parent, skip_broken)}
     table = [r for r in table if r['path'] in readable]
-    if task: # what is tested on was never trained on, so nothing needs to be held back
+    if sources is not None: # what is tested on was never trained on, so nothing needs to be held back
         split = f'tested on {task}, trained on {", ".join(chosen)}' + (f'; column split of {file.name}' if parted else '')
         train, val, test = (items(lambda r: r['domain'] != task and r['split'] in ('train', '')), items(lambda r: r['domain'] != task and r['split'] == 'val'),
                             items(lambda r: r['domain'] == task and r['split'] in ('test', '')))
@@ -869,14 +869,14 @@ def _from_table(file:Path, task:str|None, sources, skip_broken:bool) -> DataSet:
     else: (train, test), val, split = _last_third(items(lambda r: True), classnames, file), [], 'last third of each class held back'
     there = {i.label for i in train}
     for i, name in enumerate(classnames):
-        if i not in there: raise DataError(f"class '{name}' of {file} has no training picture{' in the domains to train on' if task else ''}; add some or remove its lines")
+        if i not in there: raise DataError(f"class '{name}' of {file} has no training picture{' in the domains to train on' if sources is not None else f' of domain {task}' if task else ''}; add some or remove its lines")
     if not test: raise DataError(f"{file} has no test picture{f' of domain {task}' if task else ''}; give some lines the split test")
     return DataSet(file.stem, classnames, train, test, source=_Files(str(file.parent)), task=task or '', by_domain=sources is not None, val=val, split=split)
 
 # %% ../nbs/04_data.ipynb #04-075
 def _chosen(sources, task:str, known:list[str]) -> list[str]:
     "The domains to train on: those named, or all but the one to test on"
-    if sources is None or sources == 'rest': return [d for d in known if d != task]
+    if sources == 'rest': return [d for d in known if d != task]
     chosen = [sources] if isinstance(sources, str) else list(sources)
     for s in chosen:
         if s not in known: raise _unknown('domain in sources', s, known)

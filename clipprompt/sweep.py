@@ -21,7 +21,7 @@ from .backbone import Backbone, load_backbone
 from .data import PUBLIC, DataSet
 from .learner import Recipe, check_writable, write_safely
 from .protocols import Method, apart, draw, protocol, read_records, record, run_id, second_set, write_record
-from .report import TASKS, find_data, find_method
+from .report import TASKS, find_data, find_method, own_data
 
 # %% ../nbs/22_sweep.ipynb #22-007
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def grid(
 
 def _whole(text:str) -> str:
     "A path in full, because a worker may start in another folder; names stay"
-    path = Path(str(text)).expanduser()
+    path, part = own_data(str(text))
     known = str(text).partition('/')[0] in ('pictograms', 'emoji', 'styles', *TASKS, *PUBLIC)
-    return str(path.absolute()) if not known and path.exists() else str(text)
+    return str(path.absolute()/part) if not known and path.exists() else str(text)
 
 # %% ../nbs/22_sweep.ipynb #22-012
 @lru_cache(maxsize=1)

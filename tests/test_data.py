@@ -661,14 +661,14 @@ def test_table_with_domains(folder):
     rows = [f'{r},{"north" if i % 3 else "south"},more' for i, r in enumerate(ROWS)]
     data = load_dataset(table(folder, rows, 'path,label,domain,note'))
     assert data.domains == ['north', 'south'] and not data.by_domain and data.task == '' and len(data.train) == 12
-    out = load_dataset(folder/'t.csv', task='south')
+    alone = load_dataset(folder/'t.csv', task='south')
+    assert alone.domains == ['south'] and (len(alone.train), len(alone.test)) == (3, 3) and alone.task == 'south' and not alone.by_domain and alone.origin == dict(name=str(folder/'t.csv'), task='south')
+    out = load_dataset(folder/'t.csv', 'south', sources='rest')
     assert {i.domain for i in out.test} == {'south'} and {i.domain for i in out.train} == {'north'} and (len(out.train), len(out.test)) == (12, 6)
-    assert out.task == 'south' and not out.by_domain and out.split == 'tested on south, trained on north' and out.origin == dict(name=str(folder/'t.csv'), task='south')
-    apart = load_dataset(folder/'t.csv', 'south', sources='rest')
-    assert apart.by_domain and apart.train == out.train and apart.origin['sources'] == 'rest'
-    for d in (out, apart): assert load_dataset(**d.origin).fingerprint == d.fingerprint and json.loads(json.dumps(d.origin)) == d.origin
+    assert out.task == 'south' and out.by_domain and out.split == 'tested on south, trained on north' and out.origin == alone.origin | dict(sources='rest')
+    for d in (alone, out): assert load_dataset(**d.origin).fingerprint == d.fingerprint and json.loads(json.dumps(d.origin)) == d.origin
     assert out.pictures('test', test_transform(CLIP)).domains.tolist() == [1]*6
-    image, label = apart.few_shot(1).pictures('train', test_transform(CLIP))[0]
+    image, label = out.few_shot(1).pictures('train', test_transform(CLIP))[0]
     assert image.shape == (3, 32, 32)
 
 
@@ -730,7 +730,7 @@ def test_table_without_domains(folder, args, says):
 
 @pytest.mark.parametrize('args,says', [
     (dict(task='soth'), ["did you mean 'south'"]), (dict(sources='rest'), ['need a task', 'north, south']), (dict(task='south', sources=['norht']), ["did you mean 'north'"]),
-    (dict(task='south', sources=[]), ['one or more domains']), (dict(task='south', sources=['south', 'north']), ['other than the task']), (dict(task='east'), ["class 'cat'", 'no training picture in the domains'])])
+    (dict(task='south', sources=[]), ['one or more domains']), (dict(task='south', sources=['south', 'north']), ['other than the task']), (dict(task='east', sources='rest'), ["class 'cat'", 'no training picture in the domains']), (dict(task='south'), ["class 'cat'", 'no training picture of domain south'])])
 def test_domains_that_are_not_there(folder, args, says):
     rows = [f'{r},{"east" if r.startswith("cat") else "north" if i % 2 else "south"}' for i, r in enumerate(ROWS)]
     with pytest.raises(DataError) as e: load_dataset(table(folder, rows, 'path,label,domain'), **args)

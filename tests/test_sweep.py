@@ -379,6 +379,25 @@ def test_a_shell_is_told_what_failed(photos, tmp_path):
     assert len(list((tmp_path/'records').glob('*.json'))) == 1 and len(list((tmp_path/'failed').iterdir())) == 1
 
 
+def test_a_domain_of_a_table_is_a_task(photos, tmp_path, monkeypatch):
+    "TABLE/DOMAIN: alone, or unseen under protocol domain; by the shell, by compare and by rerun the same"
+    rows = [f'{p},{p.parent.name},{"ab"[i % 2]}' for i, p in enumerate(sorted(photos.glob('*/*.png')))]
+    (tmp_path/'t.csv').write_text('\n'.join(['path,label,domain', *rows]))
+    monkeypatch.chdir(tmp_path)
+    works('sweep', '--task', 't.csv/b', '--methods', 'zero-shot,coop', '--protocol', 'few-shot,domain', '--shots', '2', '--seeds', '1', '--epochs', '1', '--out', 'out')
+    by = {(r['method'], r['protocol']): r for r in read_records('out/records')}
+    assert len(by) == 4 and {r['task'] for r in by.values()} == {'t/b'}
+    for r in by.values():
+        data = load_dataset(**r['data'])
+        assert r['data']['name'] == str(tmp_path/'t.csv') and {i.domain for i in data.test} == {'b'} and {i.domain for i in data.train} == {'a' if r['protocol'] == 'domain' else 'b'}
+    again = compare(['coop'], shots=[2], protocol_name='domain', tasks=['t.csv/b'], epochs=1, progress=False).iloc[0].to_dict()
+    assert {k: again[k] for k in ('run', 'accuracy', 'hits_accuracy')} == {k: by['coop', 'domain'][k] for k in ('run', 'accuracy', 'hits_accuracy')}
+    assert rerun(by['coop', 'domain'], METHODS['coop'].cls)['accuracy'] == again['accuracy']
+    refused('compare', '--protocol', 'domain', '--task', 't.csv', says=["not 't.csv'", 'photos.csv/sketch'])
+    refused('compare', '--task', 't.csv/c', says=["'c'", 'a, b'])
+    refused('compare', '--task', 'u.csv/c', says=['u.csv/c', 'check the path'])
+
+
 @pytest.mark.parametrize('args,says', [(('sweep', '--methods', 'copo'), ["unknown method 'copo'"]), (('sweep', '--shots', 'two'), ['whole numbers']), (('sweep', '--seeds', ','), ['--seeds', 'at least one']),
                                        (('sweep', '--protocol', 'few'), ["unknown protocol 'few'"]), (('sweep', '--budget', 'big'), ["unknown budget 'big'"]), (('sweep', '--task', 'pixel', '--plan'), ["unknown task 'pixel'", 'pixels']),
                                        (('rerun', 'nothing.json'), ['nothing.json', 'no records']), (('compare', '--budget', 'big'), ["unknown budget 'big'"]), (('compare', '--task', 'caltech102'), ['caltech102', 'did you mean', 'caltech101']),
