@@ -204,6 +204,7 @@ def nearest(name:str, known) -> str:
     close = [lower[k] for k in difflib.get_close_matches(name.lower(), lower, 3, .4)]
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known[:20])}"
 
+# %% ../nbs/01_backbone.ipynb #01-031
 def _published(backbone:Backbone, name:str, tag:str):
     "Weights by tag, through open_clip"
     try: path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
@@ -212,6 +213,7 @@ def _published(backbone:Backbone, name:str, tag:str):
     try: open_clip.load_checkpoint(backbone.model, path)
     except Exception as e: raise ValueError(f"{path} is damaged or holds no weights of {name} ({type(e).__name__}); delete it and load again") from e
 
+# %% ../nbs/01_backbone.ipynb #01-033
 def _open_clip(name:str, pretrained:str|Path|None) -> Backbone:
     "Any plain ViT of open_clip, by tag or by weight file"
     if name not in open_clip.list_models(): raise ValueError(f"unknown backbone '{name}'; {nearest(name, ['picto-clip', *open_clip.list_models()])}")
@@ -231,6 +233,7 @@ def _open_clip(name:str, pretrained:str|Path|None) -> Backbone:
     if sd is not None: _fill(backbone, sd, path, name)
     return backbone
 
+# %% ../nbs/01_backbone.ipynb #01-035
 def find_device(device:str|None=None) -> torch.device:
     "A device by name; cuda where there is one, else cpu. Raises ValueError"
     try: return torch.empty(0, device=device or ('cuda' if torch.cuda.is_available() else 'cpu')).device

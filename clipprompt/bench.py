@@ -187,6 +187,7 @@ def bench_clip(quick:bool=False, device:str|None=None, precision:str|None=None) 
     clip.precision = precision
     return clip
 
+# %% ../nbs/21_bench.ipynb #21-025
 def _resident(key:str) -> int: # bytes; VmRSS: now, VmHWM: the highest so far
     return next(1024*int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(key))
 
@@ -204,6 +205,7 @@ def _high(step:Callable, device:torch.device) -> float|None: # MB (10^6 bytes)
     step()
     return (_resident('VmHWM')-start)/1e6
 
+# %% ../nbs/21_bench.ipynb #21-027
 def _peaks(case:str, ways:tuple, options:tuple, sizes:dict, threads:int) -> dict[str, float|None]:
     torch.set_num_threads(threads)
     make, (quick, device, precision) = partial(CASES[case].steps, **CASES[case].sizes | sizes), options
@@ -226,7 +228,7 @@ def memory(case:str, options:tuple) -> dict[str, float|None]: # MB
     plain = at[100]+(at[200]-at[100])*(C-100)/100 if None not in at.values() else None
     return dict(plain=plain) | peaks(case, ('fast',), options)
 
-# %% ../nbs/21_bench.ipynb #21-025
+# %% ../nbs/21_bench.ipynb #21-029
 def _error(ours:list[Tensor], theirs:list[Tensor]) -> float:
     "Largest difference, relative to each tensor's largest value"
     return max(((a-b).abs().max()/b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
@@ -255,12 +257,13 @@ def run_case(name:str, clip:Backbone, options:tuple, repeats:int=5, limit:float=
         plain_times=times['plain'], fast_times=times['fast'], plain_flop=flop['plain'], fast_flop=flop['fast'],
         error=_error(first['fast'], first.get('reference') or first['plain']), backbone=clip.name, precision=clip.precision or 'float32', torch=torch.__version__, version=__version__)
 
-# %% ../nbs/21_bench.ipynb #21-026
+# %% ../nbs/21_bench.ipynb #21-030
 def find_case(name:str) -> Case:
     "A case by its name. Raises ValueError that suggests the nearest"
     if name not in CASES: raise ValueError(f"unknown case '{name}'; {nearest(name, CASES)}")
     return CASES[name]
 
+# %% ../nbs/21_bench.ipynb #21-032
 def bench(
     cases:list[str]=tuple(CASES),
     quick:bool=False,             # three small blocks in place of ViT-B/16
@@ -283,6 +286,7 @@ def bench(
         if out: write_safely(out, lambda tmp: pd.DataFrame(rows).to_json(tmp, orient='records', indent=1))
     return pd.DataFrame(rows)
 
+# %% ../nbs/21_bench.ipynb #21-034
 def speed_table(rows:pd.DataFrame) -> pd.DataFrame: # text cells
     "Rows of `bench`, ready to print: medians, and the range of single rounds"
     time = lambda t: f'{median(t):.3g} s ({min(t):.3g} to {max(t):.3g})'
@@ -291,7 +295,7 @@ def speed_table(rows:pd.DataFrame) -> pd.DataFrame: # text cells
         counted=[f'{p/f:.1f}x' for p, f in zip(rows.plain_flop, rows.fast_flop)], plain_memory=[mb(x) + ' (extrapolated)'*(e and x > 0) for x, e in zip(rows.plain_mb, rows.plain_mb_extrapolated)],
         fast_memory=rows.fast_mb.map(mb), error=rows.error.map('{:.0e}'.format)))
 
-# %% ../nbs/21_bench.ipynb #21-032
+# %% ../nbs/21_bench.ipynb #21-040
 def plot_speed(rows:pd.DataFrame) -> plt.Figure:
     "Seconds and memory of each case, plain and fast"
     with plt.style.context(assets()/'clipprompt.mplstyle'):

@@ -56,6 +56,7 @@ def _show(rows):
 def _version(wanted:bool):
     if wanted: out.print(f'clipprompt {__version__}'); raise typer.Exit()
 
+# %% ../nbs/40_cli.ipynb #40-007
 @app.callback()
 def _main(version:Annotated[bool, typer.Option('--version', is_eager=True, callback=_version, help='print the version and stop')]=False): pass
 
@@ -72,7 +73,7 @@ def main():
     if code == 130: err.print('stopped; what was finished is kept')
     sys.exit(code)
 
-# %% ../nbs/40_cli.ipynb #40-007
+# %% ../nbs/40_cli.ipynb #40-009
 Model = Annotated[str, typer.Option('--backbone', help="'picto-clip', or a ViT of open_clip such as ViT-B-16")]
 Weights = Annotated[str|None, typer.Option('--pretrained', help="weights of an open_clip backbone: a tag such as openai, or a file")]
 Half = Annotated[str|None, typer.Option('--precision', help='bf16 or fp16: the frozen towers compute in half precision')]
@@ -89,6 +90,7 @@ def _budgets(names:list[str], epochs:int|None, budget:str, *where) -> str:
         if r := find_method(m, budget).planned(*where): told.setdefault(f"{epochs or r.epochs} epochs, batches of {r.batch_size}{f', {r.views} fixed views' if r.views else ''}", []).append(m)
     return '; '.join(f"{', '.join(ms)}: {b}" for b, ms in told.items())
 
+# %% ../nbs/40_cli.ipynb #40-011
 @app.command('compare')
 def compare_command(
     methods:Annotated[str, typer.Option(help=f'comma-separated; known: {", ".join(METHODS)}')]=','.join(METHODS),
@@ -121,7 +123,7 @@ def compare_command(
     plot(rows).savefig(out_dir/'compare.png')
     out.print(f'wrote {out_dir}/results.csv and {out_dir}/compare.png')
 
-# %% ../nbs/40_cli.ipynb #40-009
+# %% ../nbs/40_cli.ipynb #40-013
 @app.command('sweep')
 def sweep_command(
     methods:Annotated[str, typer.Option(help=f'comma-separated; known: {", ".join(METHODS)}')]=','.join(METHODS),
@@ -160,6 +162,7 @@ def sweep_command(
     for run, said in left.failed.items(): err.print(f'failed: {run}: {said.strip().splitlines()[-1]}')
     if left.failed: raise ValueError(f"failed runs: {len(left.failed)} of {len(runs)}; their tracebacks are in {out_dir/'failed'}; the same command tries them again")
 
+# %% ../nbs/40_cli.ipynb #40-015
 @app.command('rerun')
 def rerun_command(
     path:Annotated[Path, typer.Argument(help='a record (.json), a folder of records, or a results.csv')],
@@ -184,7 +187,7 @@ def rerun_command(
         if rec.get(what) != new[what]: out.print(f"{what}: {rec.get(what)} then, {new[what]} now")
     if out_file: write_table(out_file, [new])
 
-# %% ../nbs/40_cli.ipynb #40-011
+# %% ../nbs/40_cli.ipynb #40-017
 class Classes(str, Enum): all, base, new = 'all', 'base', 'new'
 
 Data = Annotated[str, typer.Argument(help="'pictograms', 'emoji', a public data set (caltech101), a folder with one sub-folder of images per class, or a table (.csv) of path and label")]
@@ -199,6 +202,7 @@ def _data(name:str, task:str|None, classes:Classes, shots:int|None=None, seed:in
     if shots: data = data.few_shot(shots, seed)
     return {'all': lambda: data, 'base': data.base, 'new': data.new}[classes.value]()
 
+# %% ../nbs/40_cli.ipynb #40-019
 @app.command()
 def train(
     data:Data='pictograms', task:Task=None, root:Root=None,
@@ -224,6 +228,7 @@ def train(
     learner.save(out_file)
     out.print(f'{method} on {pictures}: test accuracy {evaluate(learner, pictures).accuracy:.1f} %; wrote {out_file}')
 
+# %% ../nbs/40_cli.ipynb #40-021
 def _backbone_of(prompts:str|Path, pretrained:str|None, precision:str|None, cache:Path|None=None, told:str|None=None) -> Backbone:
     "The backbone that a prompt file was trained on; `pretrained` says where its weights are now, if they came from a file"
     made_on = read_prompts(prompts)[0]['backbone']
@@ -251,7 +256,7 @@ def evaluate_command(
         rows = pd.DataFrame({'class': learner.classnames, 'images': torch.bincount(scores.labels, minlength=len(learner.classnames)).tolist(), '%': scores.per_class().tolist()})
         _show(rows.sort_values('%', kind='stable').assign(**{'%': lambda t: t['%'].map(lambda x: f'{x:.1f}')}))
 
-# %% ../nbs/40_cli.ipynb #40-013
+# %% ../nbs/40_cli.ipynb #40-023
 def _images(paths:list[str]) -> list[Path]:
     "Files; for a folder all images below it, for a pattern the images it matches, each sorted"
     found, image = [], lambda f: f.suffix.lower() in IMG_EXTENSIONS and not f.name.startswith('.') and f.is_file()
@@ -286,7 +291,7 @@ def _open(path:Path) -> Image.Image:
     except Exception as e: raise ValueError(    # PIL raises many kinds
         f'cannot read the image {path} ({e}); repair it, or use --skip-broken') from None
 
-# %% ../nbs/40_cli.ipynb #40-015
+# %% ../nbs/40_cli.ipynb #40-025
 @torch.no_grad()
 def _predict(learner:PromptLearner, paths:list[Path], top:int, batch:int, skip_broken:bool):
     "(path, [(class, probability)], '') or (path, [], what is wrong with it), in order"
@@ -306,7 +311,7 @@ def _predict(learner:PromptLearner, paths:list[Path], top:int, batch:int, skip_b
         for path in paths[i:i+batch]:
             yield path, [] if path in wrong else [(learner.classnames[j], x) for x, j in zip(*next(rows))], wrong.get(path, '')
 
-# %% ../nbs/40_cli.ipynb #40-017
+# %% ../nbs/40_cli.ipynb #40-027
 class Format(str, Enum): text, json, csv = 'text', 'json', 'csv'
 
 def _as_json(rows, **about) -> str:
@@ -321,6 +326,7 @@ def _as_csv(rows) -> str:
 
 def _as_line(path:Path, top:list[tuple[str, float]]) -> str: return f'{path}: ' + ', '.join(f'{c} {100*x:.1f} %' for c, x in top)
 
+# %% ../nbs/40_cli.ipynb #40-029
 @app.command()
 def predict(
     prompts:Prompts,
@@ -354,7 +360,7 @@ def predict(
     elif not now: sys.stdout.write(text)
     if not read: raise ValueError(f'none of the {len(rows)} images can be read; check the files')
 
-# %% ../nbs/40_cli.ipynb #40-019
+# %% ../nbs/40_cli.ipynb #40-031
 @app.command('bench')
 def bench_command(
     cases:Annotated[str, typer.Option(help='comma-separated: ' + ', '.join(CASES))]=','.join(CASES),
@@ -371,7 +377,7 @@ def bench_command(
     _show(speed_table(bench(_list(cases, what='cases'), quick, repeats, device, precision, json_file)))
     if json_file: out.print(f'wrote {json_file}')
 
-# %% ../nbs/40_cli.ipynb #40-021
+# %% ../nbs/40_cli.ipynb #40-033
 @app.command()
 def info(prompts:Annotated[Path|None, typer.Argument(help='a prompt file to describe')]=None):
     """What is installed, or what a prompt file holds.

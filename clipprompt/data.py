@@ -101,6 +101,7 @@ def _below(path:str, folder) -> str:
     path = Path(path)
     return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
 
+# %% ../nbs/04_data.ipynb #04-017
 @dataclass(frozen=True)
 class _Files:
     "Pictures on disk"
@@ -115,7 +116,7 @@ class _Files:
     def mark(self, path:str) -> str:
         return f'{_below(path, self.root)} {Path(path).stat().st_size}'
 
-# %% ../nbs/04_data.ipynb #04-019
+# %% ../nbs/04_data.ipynb #04-021
 @lru_cache(maxsize=2)
 def _unzip(path:str, changed:int) -> dict[str, np.ndarray]: # name -> uint8 [H, W] or [H, W, 3]
     "All pictures of an archive, decoded once per process; `changed` is the file's time"
@@ -138,7 +139,7 @@ class _Archive:
 
     def mark(self, name:str) -> str: return f'{name} {zlib.crc32(self._pixels(name).tobytes())}'
 
-# %% ../nbs/04_data.ipynb #04-021
+# %% ../nbs/04_data.ipynb #04-023
 @dataclass(frozen=True)
 class Item:
     "One picture and what it shows"
@@ -146,7 +147,7 @@ class Item:
     label:int     # place in the list of class names
     domain:str='' # who or what made it: in Pictograms the family of icons, in a joined set (below) the set it came from
 
-# %% ../nbs/04_data.ipynb #04-023
+# %% ../nbs/04_data.ipynb #04-025
 def sample_shots(
     items:list[Item], # the training list, in its own order
     shots:int,        # K, per class
@@ -157,16 +158,16 @@ def sample_shots(
     for item in items: by_label[item.label].append(item) # a dict keeps the order of first appearance
     return [i for mine in by_label.values() for i in (rng.sample(mine, shots) if len(mine) >= shots else mine)]
 
-# %% ../nbs/04_data.ipynb #04-027
+# %% ../nbs/04_data.ipynb #04-029
 def relabel(items:list[Item], labels) -> list[Item]:
     "The items with one of these labels, renumbered from 0"
     new = {label: i for i, label in enumerate(labels)}
     return [replace(i, label=new[i.label]) for i in items if i.label in new]
 
-# %% ../nbs/04_data.ipynb #04-030
+# %% ../nbs/04_data.ipynb #04-032
 def _digest(*parts) -> str: return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-# %% ../nbs/04_data.ipynb #04-031
+# %% ../nbs/04_data.ipynb #04-033
 class Pictures(Dataset):
     "Items as a torch data set of (image [3, H, W], label)"
     def __init__(self,
@@ -193,7 +194,7 @@ class Pictures(Dataset):
         "16 hex digits over pictures, labels, domain and transform: equal digits, equal tensors (if nothing in the transform is random)"
         return _digest(self.data._marks(self.items), self.data._drawn(), repr(self.transform))
 
-# %% ../nbs/04_data.ipynb #04-033
+# %% ../nbs/04_data.ipynb #04-035
 @dataclass(repr=False)
 class DataSet:
     "Class names, pictures to train and to test on, and how to read them"
@@ -285,10 +286,10 @@ class DataSet:
         "16 hex digits over names, labels, pictures and domain; not over `val`, on which no result depends"
         return _digest(self.name, self.classnames, self._marks(self.train), self._marks(self.test), self._drawn())
 
-# %% ../nbs/04_data.ipynb #04-037
+# %% ../nbs/04_data.ipynb #04-039
 TASKS = {'pictograms': [*DOMAINS, 'styles'], 'emoji': [*DOMAINS]}
 
-# %% ../nbs/04_data.ipynb #04-038
+# %% ../nbs/04_data.ipynb #04-040
 def _pictograms(name:str, task:str|None, root:Path) -> DataSet:
     "The shipped benchmark (`pictograms`) or its second data set (`emoji`)"
     task = task or {'pictograms': 'pixels', 'emoji': 'icons'}[name]
@@ -307,7 +308,7 @@ def _pictograms(name:str, task:str|None, root:Path) -> DataSet:
         source=_Archive(str(root/'pictograms.zip'), (root/'pictograms.zip').stat().st_mtime_ns), crop_scale=(0.6, 1.0), flip=False,
         split='pictograms.csv, families of artists apart')
 
-# %% ../nbs/04_data.ipynb #04-040
+# %% ../nbs/04_data.ipynb #04-042
 def join(
     sources:list[DataSet], # to train on, each a domain
     target:DataSet,        # to test on
@@ -324,7 +325,7 @@ def join(
     return replace(target, train=[i for s in sources for i in mark(s.train, s)], val=[i for s in sources for i in mark(s.val, s)], test=mark(target.test, target),
                    domain={s.task: s.domain for s in sets}, by_domain=True, origin=origin)
 
-# %% ../nbs/04_data.ipynb #04-042
+# %% ../nbs/04_data.ipynb #04-044
 COOP, DASSL = 'https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md', 'https://github.com/KaiyangZhou/Dassl.pytorch/blob/master/DATASETS.md'
 
 @dataclass(frozen=True)
@@ -375,7 +376,7 @@ PUBLIC = dict(
 
 TASKS |= {name: list(p.domains) for name, p in PUBLIC.items() if p.domains}
 
-# %% ../nbs/04_data.ipynb #04-047
+# %% ../nbs/04_data.ipynb #04-049
 @dataclass
 class _Lists:
     "What a data set's own files say; a picture is (path below the images, label)"
@@ -393,7 +394,7 @@ def _in_order(names:dict[int, str], where) -> list[str]:
         raise DataError(f'{where}: label {min(holes)} is missing though there are {len(names)} labels; they must run from 0 without a hole, so get the file again')
     return [_words(names[l]) for l in range(len(names))]
 
-# %% ../nbs/04_data.ipynb #04-048
+# %% ../nbs/04_data.ipynb #04-050
 def _published(file:Path) -> _Lists:
     'Read `{"train": [[path, label, class name], ...], "val": ..., "test": ...}` and believe nothing that was not checked'
     def wrong(what): return DataError(f'{file}: {what}; get the published file again')
@@ -419,7 +420,7 @@ def _published(file:Path) -> _Lists:
         if not lists[part]: raise wrong(f'the list {part!r} is empty')
     return _Lists(_in_order(names, file), **lists, split=file.name)
 
-# %% ../nbs/04_data.ipynb #04-050
+# %% ../nbs/04_data.ipynb #04-052
 def _missing(paths:list[str]) -> list[str]:
     "Those that are not there; one look at each folder"
     inside = {}
@@ -428,7 +429,7 @@ def _missing(paths:list[str]) -> list[str]:
         except (OSError, ValueError): inside[folder] = set() # no folder, or no name that a file system takes
     return [p for p in paths if os.path.basename(p) not in inside[os.path.dirname(p)]]
 
-# %% ../nbs/04_data.ipynb #04-052
+# %% ../nbs/04_data.ipynb #04-054
 _OURS = 'seed 0: not the published one'
 
 def _cut(pairs:list[tuple], *shares:float) -> list[list[tuple]]:
@@ -442,7 +443,7 @@ def _cut(pairs:list[tuple], *shares:float) -> list[list[tuple]]:
         parts[-1] += mine
     return parts
 
-# %% ../nbs/04_data.ipynb #04-054
+# %% ../nbs/04_data.ipynb #04-056
 @dataclass
 class _Place:
     "A public set on this disk"
@@ -486,7 +487,7 @@ class _Place:
         inside = lambda f: sorted(n for n in os.listdir(self.images/below/f) if n.lower().endswith(IMG_EXTENSIONS) and n[0] != '.')
         return [(posixpath.join(below, f, n), label) for label, f in enumerate(folders) for n in inside(f)]
 
-# %% ../nbs/04_data.ipynb #04-056
+# %% ../nbs/04_data.ipynb #04-058
 _CALTECH = dict(airplanes='airplane', Faces='face', Leopards='leopard', Motorbikes='motorbike') # CoOp, datasets/caltech101.py; it also drops two folders
 _EUROSAT = dict(AnnualCrop='Annual Crop Land', HerbaceousVegetation='Herbaceous Vegetation Land', Highway='Highway or Road', Industrial='Industrial Buildings', # CoOp,
     Pasture='Pasture Land', PermanentCrop='Permanent Crop Land', Residential='Residential Buildings', SeaLake='Sea or Lake')                      # datasets/eurosat.py
@@ -497,6 +498,7 @@ def _thirds(place:_Place) -> _Lists:
     folders = [f for f in place.folders() if f not in drop]
     return _Lists([_words(names.get(f, f)) for f in folders], *_cut(place.tree(folders), .5, .2), split=f'own 50/20/30 split, {_OURS}')
 
+# %% ../nbs/04_data.ipynb #04-060
 def _flowers(place:_Place) -> _Lists:
     "CoOp, datasets/oxford_flowers.py: names by cat_to_name.json (torchvision knows the same ones, with a stray question mark), cut 50/20/30"
     labels = [int(l)-1 for l in place.matrix('imagelabels.mat', 'labels')]
@@ -507,6 +509,7 @@ def _flowers(place:_Place) -> _Lists:
         except (ValueError, AttributeError, OSError) as e: raise DataError(f'cannot read {file} ({e}); get it again: {COOP}') from e
     return _Lists(_in_order(names, place.images), *_cut([(f'image_{i:05d}.jpg', l) for i, l in enumerate(labels, 1)], .5, .2), split=f'own 50/20/30 split, {_OURS}')
 
+# %% ../nbs/04_data.ipynb #04-062
 def _with_test(classnames:list[str], rest:list[tuple], test:list[tuple]) -> _Lists:
     "An official test part; the rest is cut 80/20"
     val, train = _cut(rest, .2)
@@ -522,6 +525,7 @@ def _pets(place:_Place) -> _Lists:
     rest, test = (place.lines(f'annotations/{part}.txt', read) for part in ('trainval', 'test'))
     return _with_test(_in_order(names, place.file('annotations/test.txt')), rest, test)
 
+# %% ../nbs/04_data.ipynb #04-064
 def _cars(place:_Place) -> _Lists:
     "CoOp, datasets/stanford_cars.py: the year, last in the official name, comes first"
     names = [' '.join([*str(n).split()[-1:], *str(n).split()[:-1]]) for n in place.matrix('devkit/cars_meta.mat', 'class_names')]
@@ -531,6 +535,7 @@ def _cars(place:_Place) -> _Lists:
         except (ValueError, TypeError, IndexError) as e: raise DataError(f"the annotations in {place.file(file)} have no 'fname' and 'class' ({e}); get the file again: {COOP}") from e
     return _with_test(names, read('devkit/cars_train_annos.mat', 'cars_train'), read('cars_test_annos_withlabels.mat', 'cars_test'))
 
+# %% ../nbs/04_data.ipynb #04-066
 def _sun(place:_Place) -> _Lists:
     "CoOp, datasets/sun397.py: /i/ice_skating_rink/indoor is called 'indoor ice skating rink'; partition 01"
     folders = {line.strip('/'): label for label, line in enumerate(place.lines('ClassName.txt', str))}
@@ -547,6 +552,7 @@ def _ucf(place:_Place) -> _Lists:
     return _with_test(_in_order({l: action(n) for n, l in index.items()}, place.file('ucfTrainTestlist/classInd.txt')),
                       *(place.lines(f'ucfTrainTestlist/{part}list01.txt', read) for part in ('train', 'test')))
 
+# %% ../nbs/04_data.ipynb #04-068
 def _aircraft(place:_Place) -> _Lists:
     "CoOp, datasets/fgvc_aircraft.py: official lists of '1025794 707-320', labels by variants.txt"
     names = place.lines('variants.txt', str)
@@ -555,7 +561,7 @@ def _aircraft(place:_Place) -> _Lists:
         return f'{number}.jpg', names.index(name)
     return _Lists([*map(_words, names)], *(place.lines(f'images_variant_{part}.txt', read) for part in ('train', 'val', 'test')), split='official lists images_variant_*.txt')
 
-# %% ../nbs/04_data.ipynb #04-058
+# %% ../nbs/04_data.ipynb #04-070
 def _imagenet_names(place:_Place) -> tuple[dict[str, str], str]: # wnid -> name; where from
     "Names of ImageNet's folders (CoOp, datasets/imagenet.py); in their order they are the names of labels 0 to 999"
     listed = place.file('classnames.txt', need=False) or place.root/'imagenet'/'classnames.txt'
@@ -587,7 +593,7 @@ def _imagenet_like(place:_Place) -> _Lists:
     if int(folders[-1]) >= len(names): raise DataError(f'{place.images} has folders from {folders[0]} to {folders[-1]}, but there are {len(names)} class names ({source})')
     return _Lists([*map(_words, names.values())], [], [], [(p, int(folders[l])) for p, l in place.tree(folders)], split=f'all pictures are test; names from {source}')
 
-# %% ../nbs/04_data.ipynb #04-060
+# %% ../nbs/04_data.ipynb #04-072
 _UNREADABLE = 'sketch/dog/n02103406_4068-1.png' # in PACS as distributed; Dassl leaves it out as well
 
 def _domain_lists(place:_Place, files:list[str], first:int) -> list: # class names, then the pictures of each file
@@ -601,6 +607,7 @@ def _domain_lists(place:_Place, files:list[str], first:int) -> list: # class nam
     parts = [place.lines(f, read) for f in files]
     return [_in_order(names, place.file(files[0])), *parts]
 
+# %% ../nbs/04_data.ipynb #04-074
 def _pacs(place:_Place, domain:str) -> _Lists:
     "Official lists if there are any (Dassl: pacs/splits), labels from 1; tested on all pictures of the domain"
     files = [f'splits/{domain}_{part}_kfold.txt' for part in ('train', 'crossval')]
@@ -613,6 +620,7 @@ def _pacs(place:_Place, domain:str) -> _Lists:
     left = f'; left out: {_UNREADABLE}, which cannot be read' if sum(map(len, kept)) < len(train+val) else ''
     return _Lists(names, *kept, kept[0]+kept[1], split=f'official lists {domain}_*_kfold.txt, tested on both{left}')
 
+# %% ../nbs/04_data.ipynb #04-076
 def _vlcs(place:_Place, domain:str) -> _Lists:
     "Folders train, crossval, test, and in them 0 to 4 (Dassl, vlcs.py)"
     parts = []
@@ -634,7 +642,7 @@ def _domainnet(place:_Place, domain:str) -> _Lists:
     names, train, test = _domain_lists(place, [f'splits/{domain}_{part}.txt' for part in ('train', 'test')], 0)
     return _Lists(names, train, [], test, split=f'official lists {domain}_train.txt, {domain}_test.txt')
 
-# %% ../nbs/04_data.ipynb #04-061
+# %% ../nbs/04_data.ipynb #04-077
 def _lists(place:_Place, domain:str|None) -> _Lists:
     "The published split if it is there, else what the set's own files give"
     if place.known.split and (file := place.file(place.known.split, need=False)): return _published(file)
@@ -653,7 +661,7 @@ def _lists(place:_Place, domain:str|None) -> _Lists:
         case 'domainnet': return _domainnet(place, domain)
     return _imagenet_like(place)
 
-# %% ../nbs/04_data.ipynb #04-063
+# %% ../nbs/04_data.ipynb #04-079
 def _find_set(name:str, root:str|Path|None, download:bool) -> _Place:
     "Where the set lies; with `download`, fetch it first if it lies nowhere"
     p, root = PUBLIC[name], root or os.environ.get('CLIPPROMPT_DATA')
@@ -672,7 +680,7 @@ def _find_set(name:str, root:str|Path|None, download:bool) -> _Place:
     if root.name == p.folder: fetch = f'; did you mean root={root.parent}?'
     raise DataNotFound(f'no folder {root/p.folder/p.images}; root= (--root) is the folder that holds {what}{fetch}')
 
-# %% ../nbs/04_data.ipynb #04-064
+# %% ../nbs/04_data.ipynb #04-080
 def _public(name:str, task:str|None, root:str|Path|None, skip_broken:bool, download:bool) -> DataSet:
     "A public set, or one domain of it"
     p = PUBLIC[name]
@@ -697,7 +705,7 @@ def _public(name:str, task:str|None, root:str|Path|None, skip_broken:bool, downl
         _warn(f"{data.name}{'/'+task if task else ''} differs from the published one: {', '.join(odd)}; unpack the archive again unless you meant it")
     return data
 
-# %% ../nbs/04_data.ipynb #04-066
+# %% ../nbs/04_data.ipynb #04-082
 def _subfolders(folder:Path) -> list[str]:
     return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith('.')) if folder.is_dir() else []
 
@@ -706,6 +714,7 @@ def _listed(folder:Path, classes:list[str]) -> list[Item]:
     found = make_dataset(str(folder), {c: i for i, c in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True)
     return [Item(path, label) for path, label in found if not Path(path).name.startswith('.')]
 
+# %% ../nbs/04_data.ipynb #04-084
 def _rows(file:Path, delimiter:str=',') -> list[tuple[int, list[str]]]: # (line number, cells)
     "The lines of a table that hold something, cells stripped"
     try:
@@ -714,6 +723,7 @@ def _rows(file:Path, delimiter:str=',') -> list[tuple[int, list[str]]]: # (line 
             return [(reader.line_num, [c.strip() for c in row]) for row in reader if any(c.strip() for c in row)]
     except (csv.Error, ValueError, OSError) as e: raise DataError(f"cannot read {file} ({' '.join(str(e).split())[:120]}); save it as UTF-8 text, one picture a line") from e
 
+# %% ../nbs/04_data.ipynb #04-086
 def _translation(folder:Path, classes:list[str]) -> dict[str, str]:
     "What classnames.csv or classnames.json beside the data calls the classes"
     files = [f for f in (folder/'classnames.csv', folder/'classnames.json') if f.is_file()]
@@ -740,7 +750,7 @@ def _cleaned(where, classes:list[str], words:dict[str, str]={}) -> list[str]:
             raise DataError(f"{twins} in {where} give the same class name '{name}'; rename or merge them")
     return names
 
-# %% ../nbs/04_data.ipynb #04-068
+# %% ../nbs/04_data.ipynb #04-088
 def _broken(path:str) -> str:
     "What keeps PIL from reading it; nothing if it can"
     try:
@@ -764,7 +774,7 @@ def _readable(items:list[Item], folder:Path, skip_broken:bool) -> list[Item]:
     _warn(f'{what}; left out')
     return [i for i in items if i.path not in bad]
 
-# %% ../nbs/04_data.ipynb #04-069
+# %% ../nbs/04_data.ipynb #04-089
 def _last_third(items:list[Item], classnames:list[str], where) -> tuple[list[Item], list[Item]]: # train, test
     "Per class, the last third of the file names becomes the test part, at least one"
     train, test = [], []
@@ -782,7 +792,7 @@ def _part(folder:Path, train_dir:Path, classes:list[str]) -> list[Item]:
     if items := _listed(folder, classes): return items
     raise DataNotFound(f'the {folder.name} part {folder} has no images; add some, or remove it and a third of the training pictures will be held back')
 
-# %% ../nbs/04_data.ipynb #04-070
+# %% ../nbs/04_data.ipynb #04-090
 def _from_folder(folder:Path, skip_broken:bool) -> DataSet:
     "`folder/class/*.png`, or `folder/train/class/*.png` beside `folder/test/class/*.png`"
     train_dir, test_dir, val_dir = folder, None, None
@@ -804,7 +814,7 @@ def _from_folder(folder:Path, skip_broken:bool) -> DataSet:
     val = _readable(_part(val_dir, train_dir, classes), folder, skip_broken) if val_dir and _subfolders(val_dir) else []
     return DataSet(folder.name, classnames, train, test, source=_Files(str(folder)), val=val, split=split)
 
-# %% ../nbs/04_data.ipynb #04-072
+# %% ../nbs/04_data.ipynb #04-092
 def _is_table(file:Path) -> bool: return file.suffix.lower() in ('.csv', '.tsv')
 
 def _columns(file:Path) -> list[str]:
@@ -819,6 +829,7 @@ def _table_in(folder:Path) -> Path|None:
     if len(found) > 1: raise DataError(f"{folder} has several tables of pictures: {', '.join(f.name for f in found)}; give the path of one of them")
     return found[0] if found else None
 
+# %% ../nbs/04_data.ipynb #04-094
 def _read_table(file:Path) -> list[dict]:
     "Rows with path (as it can be opened), label, domain, split and line; every cell looked at"
     rows = _rows(file, '\t' if file.suffix.lower() == '.tsv' else ',')
@@ -843,7 +854,7 @@ def _read_table(file:Path) -> list[dict]:
         raise DataNotFound(f"{file} lists {len(gone)} pictures that are not there, the first in line {seen[gone[0]]}: {gone[0][:200]}; paths start at {file.parent}")
     return table
 
-# %% ../nbs/04_data.ipynb #04-073
+# %% ../nbs/04_data.ipynb #04-095
 def _from_table(file:Path, task:str|None, sources, skip_broken:bool) -> DataSet:
     "A CSV or TSV file of path, label and perhaps domain and split"
     table = _read_table(file)
@@ -873,7 +884,7 @@ def _from_table(file:Path, task:str|None, sources, skip_broken:bool) -> DataSet:
     if not test: raise DataError(f"{file} has no test picture{f' of domain {task}' if task else ''}; give some lines the split test")
     return DataSet(file.stem, classnames, train, test, source=_Files(str(file.parent)), task=task or '', by_domain=sources is not None, val=val, split=split)
 
-# %% ../nbs/04_data.ipynb #04-075
+# %% ../nbs/04_data.ipynb #04-097
 def _chosen(sources, task:str, known:list[str]) -> list[str]:
     "The domains to train on: those named, or all but the one to test on"
     if sources == 'rest': return [d for d in known if d != task]
@@ -883,7 +894,7 @@ def _chosen(sources, task:str, known:list[str]) -> list[str]:
     if not chosen or len({*chosen, task}) <= len(chosen): raise DataError(f"sources={chosen!r} with task='{task}': give one or more domains, all different and other than the task, or 'rest'")
     return chosen
 
-# %% ../nbs/04_data.ipynb #04-076
+# %% ../nbs/04_data.ipynb #04-098
 def load_dataset(
     name:str|Path='pictograms', # 'pictograms', 'emoji', a name in PUBLIC, or the path of a folder of images or of a table (.csv, .tsv)
     task:str|None=None,         # a domain of those in TASKS (pictograms: pixels unless told otherwise, emoji: icons), or of a table with a column "domain"
@@ -922,10 +933,10 @@ def load_dataset(
     data.origin = dict(name=name, **given)
     return data
 
-# %% ../nbs/04_data.ipynb #04-099
+# %% ../nbs/04_data.ipynb #04-121
 def _to_tensor(backbone) -> list: return [T.ToTensor(), T.Normalize(backbone.mean, backbone.std)]
 
-# %% ../nbs/04_data.ipynb #04-100
+# %% ../nbs/04_data.ipynb #04-122
 def train_transform(
     backbone,                    # gives size, interpolation, mean and std
     crop_scale=(0.08, 1.0),      # share of the picture's area that a crop keeps
@@ -941,7 +952,7 @@ def test_transform(backbone) -> T.Compose:
 
 test_transform.__test__ = False # its name would make pytest take it for a test
 
-# %% ../nbs/04_data.ipynb #04-107
+# %% ../nbs/04_data.ipynb #04-129
 TEMPLATES = {name: p.template for name, p in PUBLIC.items()} | dict(pictograms='a photo of a {}.', emoji='a photo of a {}.')
 
 ENSEMBLE = ['itap of a {}.', 'a bad photo of the {}.', 'a origami {}.', 'a photo of the large {}.', 'a {} in a video game.', 'art of the {}.', 'a photo of the small {}.']

@@ -54,6 +54,7 @@ def word_start(backbone:Backbone,
     prompts.tokens.data[0] = words[:n_ctx]
     return prompts, ctx_init
 
+# %% ../nbs/13_deep.ipynb #13-014
 class IVLP(PromptLearner):
     "Independent vision-language prompting (as published with Khattak et al. 2023, MaPLe, table 1)"
     method, learns_text, learns_image = 'ivlp', True, True
@@ -81,7 +82,7 @@ class IVLP(PromptLearner):
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
         return Recipe(lr=.0035, epochs=5, batch_size=4, source='MaPLe repository, configuration of independent prompting')
 
-# %% ../nbs/13_deep.ipynb #13-017
+# %% ../nbs/13_deep.ipynb #13-019
 class Couplings(nn.Module):
     "One linear map per layer: tokens [J, n, d_in] -> [J, n, d_out]"
     def __init__(self, depth:int, d_in:int, d_out:int, seed:int=0):
@@ -95,6 +96,7 @@ class Couplings(nn.Module):
 
     def forward(self, tokens:Tensor) -> Tensor: return tokens @ self.weight.mT + self.bias[:, None]
 
+# %% ../nbs/13_deep.ipynb #13-021
 class MaPLe(PromptLearner):
     "Multi-modal prompt learning (Khattak et al. 2023, section 3.2)"
     method, learns_text, learns_image = 'maple', True, True

@@ -73,6 +73,7 @@ def keep(
         write_safely(path, lambda tmp: save_file(made, tmp, dict(key=key, sum=_sum(made))))
     return made
 
+# %% ../nbs/05_learner.ipynb #05-011
 def _kept(path:Path, key:str) -> dict[str, Tensor]|None:
     try:
         with safe_open(path, 'pt') as f: meta, kept = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
@@ -90,7 +91,7 @@ def frozen_key(backbone:Backbone) -> dict:
     "What all frozen features depend on"
     return dict(backbone=backbone.fingerprint, dtype=str(backbone.dtype), precision=backbone.precision)
 
-# %% ../nbs/05_learner.ipynb #05-013
+# %% ../nbs/05_learner.ipynb #05-015
 class Classifier(nn.Module):
     "CLIP as a classifier of named classes; the parameters of a subclass are the trainable ones, CLIP's are not among them"
     learns_text = learns_image = False        # which features depend on what is learned
@@ -144,7 +145,7 @@ class Classifier(nn.Module):
 
     def loss(self, *batch) -> Tensor: return sum(self.loss_weights.get(k, 1.)*v for k, v in self.loss_terms(*batch).items())   # scalar
 
-# %% ../nbs/05_learner.ipynb #05-018
+# %% ../nbs/05_learner.ipynb #05-020
 @dataclass(frozen=True)
 class Recipe:
     "Hyper-parameters of training"
@@ -162,7 +163,7 @@ class Recipe:
     def __post_init__(self):
         if self.select not in ('last', 'best_on_test'): raise ValueError(f"unknown select '{self.select}'; use 'last' or 'best_on_test'")
 
-# %% ../nbs/05_learner.ipynb #05-020
+# %% ../nbs/05_learner.ipynb #05-022
 FP16_SCALE = 1024.   # keeps small gradients above fp16's smallest number
 
 class PromptLearner(Classifier):
@@ -230,7 +231,7 @@ class PromptLearner(Classifier):
         except (TypeError, RuntimeError): raise ValueError(f"{path} (clipprompt {meta['version']}) does not fit {cls.method} of clipprompt {__version__}; train again") from None
         return learner.to(backbone.device)
 
-# %% ../nbs/05_learner.ipynb #05-022
+# %% ../nbs/05_learner.ipynb #05-024
 HUB_FILE = 'prompts.safetensors'
 
 def _hub_name(path:str|Path) -> tuple[str, str|None]|None: # (user/name, revision); None for what is no name on the hub
@@ -266,7 +267,7 @@ def _transport() -> type[Exception]:
 
 def _short(e:Exception) -> str: return ' '.join(str(e).split())[:150] or type(e).__name__
 
-# %% ../nbs/05_learner.ipynb #05-024
+# %% ../nbs/05_learner.ipynb #05-026
 def read_prompts(path:str|Path) -> tuple[dict, dict[str, Tensor]]:
     "Metadata and tensors of a prompt file, here or on the hub ('hf://user/name'). Raises FileNotFoundError, ValueError, or ConnectionError where the hub is out of reach"
     path = local_prompts(path)
@@ -281,7 +282,7 @@ def read_prompts(path:str|Path) -> tuple[dict, dict[str, Tensor]]:
     if missing := {'version', 'method', 'hparams', 'classnames', 'backbone', 'fingerprint'} - meta.keys(): raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; train again")
     return meta, state
 
-# %% ../nbs/05_learner.ipynb #05-035
+# %% ../nbs/05_learner.ipynb #05-037
 def _code(text) -> str:
     "Inline code in Markdown, also for a text with backticks"
     fence = '`'*(1 + max(map(len, re.findall('`+', text := ' '.join(str(text).split()))), default=0))
@@ -306,7 +307,7 @@ def model_card(
         '```python', 'from clipprompt.backbone import load_backbone', 'from clipprompt.report import load_prompts', f"learner = load_prompts('hf://{name}', load_backbone({args}))", '```', '',
         'or, in a shell,', '', '```bash', f'clipprompt predict hf://{name} picture.png', '```', ''])
 
-# %% ../nbs/05_learner.ipynb #05-037
+# %% ../nbs/05_learner.ipynb #05-039
 def _push(learner:PromptLearner, name:str, private:bool|None=None, token:str|None=None, license:str|None=None, note:str='') -> str:
     "See `PromptLearner.push_to_hub`"
     repo, revision = _hub_name(name if str(name).startswith('hf:') else f'hf://{name}')

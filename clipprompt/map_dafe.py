@@ -160,6 +160,7 @@ def around(token:Tensor, n:int, noise:float, seed:int) -> Tensor: # [D] -> [n, D
     "A frozen token n times, each with noise of this length in a random direction (RPO's start)"
     return token + noise*F.normalize(torch.randn(n, len(token), generator=torch.Generator().manual_seed(seed)), dim=-1).to(token)
 
+# %% ../nbs/17_map_dafe.ipynb #17-024
 class MAPDAFE(PromptLearner):
     "Modal-aware prompts with gated carry-over: our reconstruction of MAP-DAFE (2024) from its abstract. Raises ValueError"
     method, learns_text, learns_image = 'map-dafe', True, True
@@ -213,6 +214,7 @@ class MAPDAFE(PromptLearner):
         "Ours: the rate is the best of three on Pictograms (seed 4, four tokens), epochs are those of its relatives"
         return Recipe(lr=.05, epochs=20 if dataset == 'imagenet' else 50, batch_size=32, source='our choice on Pictograms; no configuration is published')
 
+# %% ../nbs/17_map_dafe.ipynb #17-026
 PRESETS = dict(
     map_dafe={},                                                     # A
     map_dafe_b=dict(text='read_eot', p2p='causal'),                  # B

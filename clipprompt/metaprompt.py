@@ -76,6 +76,7 @@ def _check(mode:str, order:int):
     if order not in (1, 2): raise ValueError(f'order is 1 or 2, not {order}')
     if order == 2 and mode != 'clean': raise ValueError(f"order 2 differentiates through the inner step and needs mode 'clean', not '{mode}'")
 
+# %% ../nbs/16_metaprompt.ipynb #16-013
 def rehearse(learner:PromptLearner, optimizer, episodes:list[Episode],
     loss:Callable,             # Part -> scalar, at the present values of the parameters
     names:list[str],           # parameters that are rehearsed
@@ -108,11 +109,12 @@ def rehearse(learner:PromptLearner, optimizer, episodes:list[Episode],
     optimizer.zero_grad()
     return total
 
-# %% ../nbs/16_metaprompt.ipynb #16-018
+# %% ../nbs/16_metaprompt.ipynb #16-020
 TEMPLATES = dict(oxford_pets='a photo of a {}, a type of pet', oxford_flowers='a photo of a {}, a type of flower', food101='a photo of a {}, a type of food',
     fgvc_aircraft='a photo of a {}, a type of aircraft', dtd='{} texture', eurosat='a centered satellite photo of {}', ucf101='a photo of a person doing {}',
     imagenet=['itap of a {}', 'a bad photo of the {}', 'a origami {}', 'a photo of the large {}', 'a {} in a video game', 'art of the {}', 'a photo of the small {}', 'a photo of a {}'])
 
+# %% ../nbs/16_metaprompt.ipynb #16-022
 class TwoPairs(ZeroShot):
     "A frozen and a prompted pair of encoders under the asymmetric loss: MetaPrompt without its episodes (Zhao et al. 2024, main figure)"
     method, learns_text, learns_image, reads = 'two-pairs', True, True, ('frozen',)
@@ -165,7 +167,7 @@ class TwoPairs(ZeroShot):
         domain = setting == 'domain-generalisation'
         return Recipe(lr=.0015, epochs=6 if domain else 8, batch_size=32 if domain else 16, source=f"MetaPrompt repository, configuration of {'domain generalisation' if domain else 'base-to-new'}")
 
-# %% ../nbs/16_metaprompt.ipynb #16-023
+# %% ../nbs/16_metaprompt.ipynb #16-027
 class MetaPrompt(TwoPairs):
     "Alternate episodic training on top of the two pairs (Zhao et al. 2024; the released code)"
     method = 'metaprompt'
@@ -207,7 +209,7 @@ class MetaPrompt(TwoPairs):
         rehearse(self, optimizer, episodes, lambda part: self.episode_loss(part, images, labels, frozen), names, h['mode'], h['order'], h['mu'])
         return loss
 
-# %% ../nbs/16_metaprompt.ipynb #16-029
+# %% ../nbs/16_metaprompt.ipynb #16-033
 def episodic(
     learner:PromptLearner,
     split:str='class',     # or 'domain'

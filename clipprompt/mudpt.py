@@ -36,6 +36,7 @@ def _linear(d_in:int, d_out:int, seed:int) -> nn.Linear:
         torch.manual_seed(seed)
         return nn.Linear(d_in, d_out)
 
+# %% ../nbs/14_mudpt.ipynb #14-012
 class MuDPT(PromptLearner):
     "Multi-modal deep-symphysis prompt tuning (Miao et al. 2023; the maps as in the authors' three trainers)"
     method, learns_text, learns_image = 'mudpt', True, True

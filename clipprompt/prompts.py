@@ -89,6 +89,7 @@ class Sentences:
         if size not in made: made[size] = [Pack.of(*c, self.shared) for c in zip(self.ids.split(size), self.eot.split(size))]
         return made[size]
 
+# %% ../nbs/02_prompts.ipynb #02-021
 @dataclass(eq=False)
 class Pack:
     "Rows of C sentences, one after the other: nothing is padded"
@@ -106,7 +107,7 @@ class Pack:
         at = column + start
         return cls(ids[sentence, at], at, sentence*own.shape[1]+column, own.sum(1).cumsum(0)-1, tuple(own.shape))
 
-# %% ../nbs/02_prompts.ipynb #02-023
+# %% ../nbs/02_prompts.ipynb #02-025
 def clean_names(classnames) -> list[str]:
     "Underscores to spaces; an empty list or an empty name is a ValueError, a name given twice a warning"
     names = [str(c).replace('_', ' ').strip() for c in classnames]
@@ -117,7 +118,7 @@ def clean_names(classnames) -> list[str]:
         warnings.warn(f"given to several classes, which cannot be told apart: {', '.join(map(repr, twice[:5]))}{more}; give every class a name of its own (underscores count as spaces)", stacklevel=2)
     return names
 
-# %% ../nbs/02_prompts.ipynb #02-025
+# %% ../nbs/02_prompts.ipynb #02-027
 def _order(position:str, M:int, n_name:int, length:int) -> list[int]:
     "Old positions in their new order"
     context, name = list(range(1, M+1)), list(range(M+1, M+1+n_name))

@@ -43,6 +43,7 @@ def budget(cls:type,
     if not per_image: return replace(r, epochs=12, batch_size=32, views=8, lr=.1) if drawn else replace(r, epochs=50, batch_size=32, views=8)
     return replace(r, epochs=2, batch_size=8, views=2, lr=.02, warmup_epochs=0) if drawn else replace(r, epochs=3, batch_size=8, views=3)
 
+# %% ../nbs/20_report.ipynb #20-007
 METHODS = {m.name: m for m in (
     Method(ZeroShot),
     Method(BestTemplate),
@@ -55,6 +56,7 @@ METHODS = {m.name: m for m in (
 )}
 TASKS = ['icons', 'edges', 'pixels', 'rotated']   # Pictograms' domains; 'all' means these
 
+# %% ../nbs/20_report.ipynb #20-009
 def find_method(name:str,
     budget:str='book',               # recipes scaled by the rule above, or the 'paper' ones
     protocol_name:str='base-to-new', # CoOp's paper takes 16 random vectors for few shots, the words "a photo of a" elsewhere
@@ -69,7 +71,7 @@ def load_prompts(path:str|Path, backbone:Backbone) -> PromptLearner:
     "Any method's prompt file"
     return find_method(read_prompts(path)[0]['method']).cls.load(path, backbone)
 
-# %% ../nbs/20_report.ipynb #20-008
+# %% ../nbs/20_report.ipynb #20-012
 def find_data(task:str|Path, protocol_name:str='base-to-new', root:str|Path|None=None, skip_broken:bool=False) -> DataSet:
     "A data set as `compare` names it: a domain of Pictograms, NAME, NAME/DOMAIN, a folder, TABLE or TABLE/DOMAIN; under protocol 'domain' what is left out"
     text, domains, names = str(task), [*TASKS, 'styles'], ['pictograms', 'emoji', *PUBLIC]
@@ -86,6 +88,7 @@ def own_data(text:str) -> tuple[Path, str]:
     path = Path(text).expanduser()
     return (path.parent, path.name) if path.parent.is_file() else (path, '')
 
+# %% ../nbs/20_report.ipynb #20-014
 def compare(
     methods:list[str]=tuple(METHODS),
     seeds:list[int]=(1,),              # the papers take 1, 2 and 3
@@ -130,7 +133,7 @@ def compare(
         if out: write_table(Path(out)/'results.csv', rows.values())
     return pd.DataFrame([rows[key] for key in asked])
 
-# %% ../nbs/20_report.ipynb #20-012
+# %% ../nbs/20_report.ipynb #20-018
 def table(rows:pd.DataFrame) -> pd.DataFrame: # text cells
     "Means over seeds, ready to print; H is of the means"
     s = summary(rows)
@@ -143,6 +146,7 @@ def table(rows:pd.DataFrame) -> pd.DataFrame: # text cells
     if s.protocol.nunique() > 1: out.insert(0, 'protocol', s.protocol)
     return out.assign(trainable=[f'{t:,}' for t in s.trainable], seconds=[f'{t:.0f}' for t in s.seconds])
 
+# %% ../nbs/20_report.ipynb #20-020
 def colour(method:str) -> str:
     "The same colour for the same method in the whole book, whatever style is active"
     cycle = rc_params_from_file(assets()/'clipprompt.mplstyle', use_default_template=False)['axes.prop_cycle'].by_key()['color']
@@ -169,7 +173,7 @@ def plot(rows:pd.DataFrame) -> plt.Figure:
     plt.interactive(interactive)   # a notebook's backend turns this on with its first figure, and the style's end would turn it off
     return fig
 
-# %% ../nbs/20_report.ipynb #20-015
+# %% ../nbs/20_report.ipynb #20-023
 def paired(rows:pd.DataFrame,
     against:str='zero-shot-best',  # the method to compare with
     score:str='base',              # 'base', 'new', 'source' or 'accuracy'
@@ -186,7 +190,7 @@ def paired(rows:pd.DataFrame,
             out.append(dict(task=task, shots=shots, method=m, seeds=len(seeds), difference=d.mean(), low=ci[0], high=ci[1]))
     return pd.DataFrame(out)
 
-# %% ../nbs/20_report.ipynb #20-017
+# %% ../nbs/20_report.ipynb #20-025
 def ranks(rows:pd.DataFrame,
     score:str='h',
 ) -> tuple[pd.Series, float, float]: # mean rank of each method (1 is best), critical difference, p of Friedman's test

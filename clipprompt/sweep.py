@@ -161,6 +161,7 @@ class Swept:
     @property
     def rows(self) -> pd.DataFrame: return pd.DataFrame(self.records)
 
+# %% ../nbs/22_sweep.ipynb #22-024
 def sweep(
     runs:list[Run],
     out:str|Path,              # folder of records, checkpoints, locks and failures; may be shared by machines
@@ -193,6 +194,7 @@ def sweep(
             if busy: time.sleep(patience)
     return Swept([r for path in dict.fromkeys(done.values()) for r in read_records(path)], failed)
 
+# %% ../nbs/22_sweep.ipynb #22-026
 def _tell(out:Path, run:Run, said:str|None):
     "A failure as a file for people; gone when the run succeeds"
     text = json.dumps(asdict(run), default=str)

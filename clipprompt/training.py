@@ -98,6 +98,7 @@ class Fit:
         "Fixed views per image that took the place of fresh augmentation; None where each epoch drew anew"
         return self.recipe.views
 
+# %% ../nbs/06_training.ipynb #06-018
 def fit(
     learner:PromptLearner,
     data:DataSet,                  # its training split is used
@@ -135,7 +136,7 @@ def fit(
     learner.eval()
     return Fit(recipe, seed, losses, perf_counter()-start, learner.backbone.precision or str(learner.backbone.dtype)[6:], tested)
 
-# %% ../nbs/06_training.ipynb #06-018
+# %% ../nbs/06_training.ipynb #06-020
 def _train(learner:PromptLearner, batches, optimizer, epoch:int, seed:int) -> float:
     "Mean loss of an epoch"
     losses = []
@@ -146,7 +147,7 @@ def _train(learner:PromptLearner, batches, optimizer, epoch:int, seed:int) -> fl
             except FloatingPointError as e: raise FloatingPointError(f'epoch {epoch}, step {len(losses)+1}: {e}') from None
     return sum(losses)/len(losses)
 
-# %% ../nbs/06_training.ipynb #06-020
+# %% ../nbs/06_training.ipynb #06-022
 @contextmanager
 def _tracking(tracker, first:int):
     "A function (epoch, **values) that passes values on; epochs from `first` on are yet to come"
@@ -172,7 +173,7 @@ def _writer(folder:str|Path, first:int):
         return SummaryWriter(folder, purge_step=first)
     except OSError as e: raise OSError(f"cannot write the tracker's folder {folder} ({e.strerror or e}); choose a folder you may write to") from None
 
-# %% ../nbs/06_training.ipynb #06-022
+# %% ../nbs/06_training.ipynb #06-024
 def _checkpoint_file(path:str|Path|None) -> Path|None:
     "The file itself where a folder is given; raises now what would fail after the first epoch"
     if path is None or str(path) == '': return None
@@ -201,7 +202,7 @@ def _resume(path, learner, optimizer, run) -> tuple[list[float], list[float], di
             if f'momentum.{n}' in state: optimizer.state[p]['momentum_buffer'] = state[f'momentum.{n}'].to(p)
     return json.loads(meta['losses']), json.loads(meta.get('tested', '[]')), {k[5:]: v.to(learner.backbone.device) for k, v in state.items() if k.startswith('best.')}
 
-# %% ../nbs/06_training.ipynb #06-024
+# %% ../nbs/06_training.ipynb #06-026
 @dataclass
 class Evaluation:
     "Scores of a test set"
@@ -222,6 +223,7 @@ class Evaluation:
         "Top-1 for each class, in percent; NaN for a class without images"
         return torch.stack([100*self.hits.double()[self.labels == c].mean() for c in range(self.logits.shape[1])])
 
+# %% ../nbs/06_training.ipynb #06-028
 @torch.no_grad()
 def encode(
     learner:PromptLearner,
@@ -242,6 +244,7 @@ def encode(
     kept = make() if learner.learns_image else keep(clip.cache, key, make)
     return kept['features'].to(clip.device), kept['labels']
 
+# %% ../nbs/06_training.ipynb #06-030
 @torch.no_grad()
 def evaluate(
     learner:PromptLearner,

@@ -75,6 +75,7 @@ class Noise:
 ESTIMATORS, REDUCTIONS = ('log_mean_prob', 'mean_log_prob'), ('mean', 'sum')
 GROUPS = 64   # samples x images that pass the text tower at once
 
+# %% ../nbs/18_variational.ipynb #18-018
 class Variational(Noise):
     "Put before a learner of text prompts, draws a vector that is added to its first layer's tokens (Derakhshani et al. 2023). Raises ValueError for an unknown option"
     conditional = False   # does the posterior see the image?
@@ -134,7 +135,7 @@ class Variational(Noise):
     @property
     def loss_weights(self) -> dict[str, float]: return dict(kl=self.hparams['kl_weight'])
 
-# %% ../nbs/18_variational.ipynb #18-017
+# %% ../nbs/18_variational.ipynb #18-019
 PUBLISHED = dict(caltech101=(20, 20), oxfordpets=(40, 20), stanfordcars=(20, 40), oxfordflowers=(10, 40), flowers102=(10, 40), food101=(20, 20), imagenet=(10, 10),
     fgvcaircraft=(10, 10), sun397=(20, 10), dtd=(40, 10), describabletextures=(40, 10), eurosat=(20, 60), ucf101=(5, 20))   # samples, epochs
 
@@ -159,7 +160,7 @@ class VariationalCoCoOp(VariationalCoOp):
     "CoCoOp's idea with a Gaussian for each image (Derakhshani et al. 2023, conditional)"
     method, conditional = 'variational-cocoop', True
 
-# %% ../nbs/18_variational.ipynb #18-037
+# %% ../nbs/18_variational.ipynb #18-039
 def ece(scores:Evaluation, bins:int=15) -> float: # percent
     "Expected calibration error: the mean gap between confidence and accuracy over bins of confidence"
     from torchmetrics.functional.classification import multiclass_calibration_error   # here, because the import takes half a second
