@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['app', 'plain', 'out', 'err', 'Model', 'Weights', 'Half', 'Cache', 'Root', 'Targets', 'Budget', 'Data', 'Task',
-           'Which', 'Skip', 'Prompts', 'main', 'compare_command', 'sweep_command', 'rerun_command', 'Classes', 'train',
-           'evaluate_command', 'Format', 'predict', 'bench_command', 'info']
+           'Which', 'Sources', 'Skip', 'Prompts', 'main', 'compare_command', 'sweep_command', 'rerun_command',
+           'Classes', 'train', 'evaluate_command', 'Format', 'predict', 'bench_command', 'info']
 
-# %% ../nbs/40_cli.ipynb #40-003
+# %% ../nbs/40_cli.ipynb #40-005
 import csv, io, json, sys, warnings
 from dataclasses import replace
 from enum import Enum
 from glob import glob, has_magic
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -29,12 +30,13 @@ from .backbone import Backbone, load_backbone
 from .bench import CASES, bench, speed_table
 from .data import DataSet, load_dataset, open_image, test_transform, to_rgb
 from .learner import PromptLearner, check_writable, local_prompts, read_prompts, write_safely
-from .protocols import PROTOCOLS, SCORES, protocol, read_records, rerun, write_table
+from .prompts import clean_names
+from .protocols import PROTOCOLS, SCORES, protocol, read_records, rerun, usual_shots, write_table
 from .report import METHODS, TASKS, compare, find_method, load_prompts, plot, table
-from .sweep import grid, load_run, sweep
+from .sweep import Run, grid, load_run, look, sweep
 from .training import evaluate
 
-# %% ../nbs/40_cli.ipynb #40-005
+# %% ../nbs/40_cli.ipynb #40-007
 app = typer.Typer(name='clipprompt', no_args_is_help=True, add_completion=False, rich_markup_mode='rich',
                   help='Prompt learning for CLIP: readable, exact and fast.')
 plain = dict(markup=False, emoji=False, highlight=False, soft_wrap=True, force_jupyter=False)   # names may hold [brackets]
@@ -48,7 +50,7 @@ def _list(text:str, kind=str, what:str='') -> list:
     return items
 
 def _show(rows):
-    t = Table(box=SIMPLE_HEAD, pad_edge=False)
+    t = Table(box=SIMPLE_HEAD, pad_edge=False, header_style='')
     for c in rows: t.add_column(c, no_wrap=True, min_width=max(len(c), *map(len, rows[c].astype(str))))   # names are never cut
     for r in rows.itertuples(index=False): t.add_row(*map(str, r))
     out.print(t, crop=False)
@@ -56,7 +58,7 @@ def _show(rows):
 def _version(wanted:bool):
     if wanted: out.print(f'clipprompt {__version__}'); raise typer.Exit()
 
-# %% ../nbs/40_cli.ipynb #40-007
+# %% ../nbs/40_cli.ipynb #40-009
 @app.callback()
 def _main(version:Annotated[bool, typer.Option('--version', is_eager=True, callback=_version, help='print the version and stop')]=False): pass
 
@@ -73,7 +75,7 @@ def main():
     if code == 130: err.print('stopped; what was finished is kept')
     sys.exit(code)
 
-# %% ../nbs/40_cli.ipynb #40-009
+# %% ../nbs/40_cli.ipynb #40-011
 Model = Annotated[str, typer.Option('--backbone', help="'picto-clip', or a ViT of open_clip such as ViT-B-16")]
 Weights = Annotated[str|None, typer.Option('--pretrained', help="weights of an open_clip backbone: a tag such as openai, or a file")]
 Half = Annotated[str|None, typer.Option('--precision', help='bf16 or fp16: the frozen towers compute in half precision')]
@@ -83,14 +85,15 @@ Root = Annotated[Path|None, typer.Option('--root', help='folder of the public da
 Targets = Annotated[str|None, typer.Option(help="what protocol cross tests on, comma-separated; Pictograms' second set where not given")]
 Budget = Annotated[str, typer.Option(help="book: recipes scaled for two CPU cores; paper: the published ones, for a GPU")]
 
-def _budgets(names:list[str], epochs:int|None, budget:str, *where) -> str:
+def _budgets(names:list[str], epochs:int|None, budget:str, protocol_name:str, shots:list[int], dataset:str) -> str:
     "Which methods share which budget"
     told = {}
-    for m in names:
-        if r := find_method(m, budget).planned(*where): told.setdefault(f"{epochs or r.epochs} epochs, batches of {r.batch_size}{f', {r.views} fixed views' if r.views else ''}", []).append(m)
-    return '; '.join(f"{', '.join(ms)}: {b}" for b, ms in told.items())
+    for m, k in product(names, shots):
+        if r := find_method(m, budget).planned(protocol_name, k, dataset): told.setdefault(f"{epochs or r.epochs} epochs, batches of {r.batch_size}{f', {r.views} fixed views' if r.views else ''}", {}).setdefault(m, []).append(k)
+    def named(m, ks): return m if ks == shots else f"{m} ({', '.join(map(str, ks))} shots)"
+    return '; '.join(f"{', '.join(named(*x) for x in ms.items())}: {b}" for b, ms in told.items())
 
-# %% ../nbs/40_cli.ipynb #40-011
+# %% ../nbs/40_cli.ipynb #40-013
 @app.command('compare')
 def compare_command(
     methods:Annotated[str, typer.Option(help=f'comma-separated; known: {", ".join(METHODS)}')]=','.join(METHODS),
@@ -117,19 +120,23 @@ def compare_command(
     seeds_, shots_ = _list(seeds, int, 'seeds'), None if shots is None else _list(shots, int, 'shots')
     for m in names: find_method(m, budget)
     backbone = load_backbone(model, pretrained, precision=precision, cache=cache or out_dir/'features')
-    err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, {shots or 'default'} shots, seeds {seeds}; budget: " + (_budgets(names, epochs, budget, protocol_name, (shots_ or [16])[-1], tasks[0]) or 'nothing to train'))
+    err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, {shots or 'default'} shots, seeds {seeds}; budget: " + (_budgets(names, epochs, budget, protocol_name, shots_ or [usual_shots(protocol_name)], tasks[0].partition('/')[0]) or 'nothing to train'))
     rows = compare(names, seeds_, shots_, protocol_name, tasks, backbone, epochs, select, out_dir, skip_broken=skip_broken, root=root, targets=_list(targets, what='targets') if targets else (), budget=budget)
     _show(table(rows))
     plot(rows).savefig(out_dir/'compare.png')
     out.print(f'wrote {out_dir}/results.csv and {out_dir}/compare.png')
 
-# %% ../nbs/40_cli.ipynb #40-013
+# %% ../nbs/40_cli.ipynb #40-015
+def _done(run:Run, out_dir:Path) -> bool:
+    try: return (out_dir/'records'/f'{load_run(run).name}.json').exists()
+    except ValueError as e: err.print(f'cannot run: {run}: {e}'); return False
+
 @app.command('sweep')
 def sweep_command(
     methods:Annotated[str, typer.Option(help=f'comma-separated; known: {", ".join(METHODS)}')]=','.join(METHODS),
     task:Annotated[str, typer.Option(help="comma-separated: domains of Pictograms, public data sets, folders, tables")]='pixels',
     protocols:Annotated[str, typer.Option('--protocol', help='comma-separated: ' + ', '.join(PROTOCOLS))]='base-to-new',
-    shots:Annotated[str, typer.Option(help='training images per class, comma-separated')]='16',
+    shots:Annotated[str|None, typer.Option(help='training images per class, comma-separated; 16 where not given, 4 per source in protocol domain')]=None,
     seeds:Annotated[str, typer.Option(help='comma-separated')]='1,2,3',
     root:Root=None, targets:Targets=None, budget:Budget='book',
     epochs:Annotated[int|None, typer.Option(min=1, help="instead of each method's own number")]=None,
@@ -147,11 +154,11 @@ def sweep_command(
     Examples:  clipprompt sweep --methods coop,vpt --seeds 1,2,3 --plan     clipprompt sweep --task caltech101,dtd --root DATA --protocol few-shot,base-to-new --shots 1,2,4,8,16 --ray local --gpus 0.25
     """
     out_dir = out_dir.expanduser()
-    runs = grid(_list(methods, what='methods'), TASKS if task == 'all' else _list(task, what='task'), _list(protocols, what='protocol'), _list(shots, int, 'shots'), _list(seeds, int, 'seeds'),
+    runs = grid(_list(methods, what='methods'), TASKS if task == 'all' else _list(task, what='task'), _list(protocols, what='protocol'), None if shots is None else _list(shots, int, 'shots'), _list(seeds, int, 'seeds'),
         backbone=model, pretrained=pretrained, precision=precision, root=root and str(root), targets=_list(targets, what='targets') if targets else (), budget=budget, epochs=epochs, skip_broken=skip_broken)
     if plan:
-        missing = [r for r in runs if not (out_dir/'records'/f'{load_run(r).name}.json').exists()]
-        for r in missing: out.print(str(r))
+        look(runs, cache or out_dir/'features')
+        for r in (missing := [r for r in runs if not _done(r, out_dir)]): out.print(str(r))
         out.print(f'{len(runs)} runs, {len(runs)-len(missing)} done, {len(missing)} missing')
         return
     left = sweep(runs, out_dir, 'ray' if ray else 'here', retries, cpus, gpus, None if ray == 'local' else ray, cache)
@@ -162,7 +169,7 @@ def sweep_command(
     for run, said in left.failed.items(): err.print(f'failed: {run}: {said.strip().splitlines()[-1]}')
     if left.failed: raise ValueError(f"failed runs: {len(left.failed)} of {len(runs)}; their tracebacks are in {out_dir/'failed'}; the same command tries them again")
 
-# %% ../nbs/40_cli.ipynb #40-015
+# %% ../nbs/40_cli.ipynb #40-017
 @app.command('rerun')
 def rerun_command(
     path:Annotated[Path, typer.Argument(help='a record (.json), a folder of records, or a results.csv')],
@@ -187,29 +194,31 @@ def rerun_command(
         if rec.get(what) != new[what]: out.print(f"{what}: {rec.get(what)} then, {new[what]} now")
     if out_file: write_table(out_file, [new])
 
-# %% ../nbs/40_cli.ipynb #40-017
+# %% ../nbs/40_cli.ipynb #40-019
 class Classes(str, Enum): all, base, new = 'all', 'base', 'new'
 
 Data = Annotated[str, typer.Argument(help="'pictograms', 'emoji', a public data set (caltech101), a folder with one sub-folder of images per class, or a table (.csv) of path and label")]
 Task = Annotated[str|None, typer.Option(help=f"a domain of the data; of pictograms: {'|'.join(TASKS)}|styles")]
 Which = Annotated[Classes, typer.Option(help='all classes, or the base or new half')]
+Sources = Annotated[str|None, typer.Option(help="train on these domains, comma-separated, or 'rest', and test on --task")]
 Skip = Annotated[bool, typer.Option('--skip-broken', help='leave unreadable images out instead of stopping')]
 Prompts = Annotated[str, typer.Argument(help="file from `clipprompt train`, or hf://user/name[@revision] from the Hugging Face hub")]
 
-def _data(name:str, task:str|None, classes:Classes, shots:int|None=None, seed:int=1, skip_broken:bool=False, root:Path|None=None) -> DataSet:
-    given = {k: v for k, v in dict(task=task, root=root).items() if v}
+def _data(name:str, task:str|None, classes:Classes, shots:int|None=None, seed:int=1, skip_broken:bool=False, root:Path|None=None, sources:str|None=None) -> DataSet:
+    given = {k: v for k, v in dict(task=task, root=root, sources=sources and ('rest' if sources == 'rest' else _list(sources, what='sources'))).items() if v}
     data = load_dataset(name, skip_broken=skip_broken, **given)
     if shots: data = data.few_shot(shots, seed)
     return {'all': lambda: data, 'base': data.base, 'new': data.new}[classes.value]()
 
-# %% ../nbs/40_cli.ipynb #40-019
+# %% ../nbs/40_cli.ipynb #40-021
 @app.command()
 def train(
-    data:Data='pictograms', task:Task=None, root:Root=None,
+    data:Data='pictograms', task:Task=None, sources:Sources=None, root:Root=None,
     method:Annotated[str, typer.Option(help=', '.join(METHODS))]='coop',
     shots:Annotated[int|None, typer.Option(min=1, help='images per class; all where not given')]=None,
     classes:Which=Classes.all,
     seed:Annotated[int, typer.Option(help='of the draw, the start and the order')]=1,
+    budget:Budget='book',
     epochs:Annotated[int|None, typer.Option(min=1, help="instead of the method's own number")]=None,
     out_file:Annotated[Path, typer.Option('--out', help='where the prompts go')]=Path('prompts.safetensors'),
     checkpoint:Annotated[str|None, typer.Option(help='file, or folder with a / at its end, for the state after each epoch; an interrupted run goes on from it')]=None,
@@ -222,13 +231,16 @@ def train(
     Examples:  clipprompt train --task pixels --shots 16     clipprompt train photos/ --out photos.safetensors
     """
     check_writable(out_file)
-    m, backbone, pictures = find_method(method), load_backbone(model, pretrained, precision=precision, cache=cache), _data(data, task, classes, shots, seed, skip_broken, root)
-    recipe = replace(m.recipe or m.cls.recipe('few-shot', shots or 16, pictures.name), epochs=epochs) if epochs else None
+    find_method(method, budget)
+    backbone, pictures = load_backbone(model, pretrained, precision=precision, cache=cache), _data(data, task, classes, shots, seed, skip_broken, root, sources)
+    like = 'domain' if sources else 'base-to-new' if classes is Classes.base else 'few-shot', shots or 16, pictures.name
+    recipe = (m := find_method(method, budget, *like)).planned(*like)
+    if recipe and epochs: recipe = replace(recipe, epochs=epochs)
     learner = m.train(backbone, pictures, seed, recipe, checkpoint, progress=True, tracker=tracker)
     learner.save(out_file)
     out.print(f'{method} on {pictures}: test accuracy {evaluate(learner, pictures).accuracy:.1f} %; wrote {out_file}')
 
-# %% ../nbs/40_cli.ipynb #40-021
+# %% ../nbs/40_cli.ipynb #40-023
 def _backbone_of(prompts:str|Path, pretrained:str|None, precision:str|None, cache:Path|None=None, told:str|None=None) -> Backbone:
     "The backbone that a prompt file was trained on; `pretrained` says where its weights are now, if they came from a file"
     made_on = read_prompts(prompts)[0]['backbone']
@@ -249,14 +261,14 @@ def evaluate_command(
     """
     file = local_prompts(prompts)
     learner, pictures = load_prompts(file, _backbone_of(file, pretrained, precision, cache, prompts)), _data(data, task, classes, skip_broken=skip_broken, root=root)
-    if [c.replace('_', ' ') for c in pictures.classnames] != learner.classnames: learner = learner.for_classes(pictures.classnames)
+    if clean_names(pictures.classnames) != learner.classnames: learner = learner.for_classes(pictures.classnames)
     scores = evaluate(learner, pictures)
     out.print(f'{learner.method} on {pictures}: {scores.accuracy:.2f} % ({int(scores.hits.sum())} of {len(scores.hits)})')
     if per_class:
         rows = pd.DataFrame({'class': learner.classnames, 'images': torch.bincount(scores.labels, minlength=len(learner.classnames)).tolist(), '%': scores.per_class().tolist()})
         _show(rows.sort_values('%', kind='stable').assign(**{'%': lambda t: t['%'].map(lambda x: f'{x:.1f}')}))
 
-# %% ../nbs/40_cli.ipynb #40-023
+# %% ../nbs/40_cli.ipynb #40-025
 def _images(paths:list[str]) -> list[Path]:
     "Files; for a folder all images below it, for a pattern the images it matches, each sorted"
     found, image = [], lambda f: f.suffix.lower() in IMG_EXTENSIONS and not f.name.startswith('.') and f.is_file()
@@ -291,7 +303,7 @@ def _open(path:Path) -> Image.Image:
     except Exception as e: raise ValueError(    # PIL raises many kinds
         f'cannot read the image {path} ({e}); repair it, or use --skip-broken') from None
 
-# %% ../nbs/40_cli.ipynb #40-025
+# %% ../nbs/40_cli.ipynb #40-027
 @torch.no_grad()
 def _predict(learner:PromptLearner, paths:list[Path], top:int, batch:int, skip_broken:bool):
     "(path, [(class, probability)], '') or (path, [], what is wrong with it), in order"
@@ -311,7 +323,7 @@ def _predict(learner:PromptLearner, paths:list[Path], top:int, batch:int, skip_b
         for path in paths[i:i+batch]:
             yield path, [] if path in wrong else [(learner.classnames[j], x) for x, j in zip(*next(rows))], wrong.get(path, '')
 
-# %% ../nbs/40_cli.ipynb #40-027
+# %% ../nbs/40_cli.ipynb #40-029
 class Format(str, Enum): text, json, csv = 'text', 'json', 'csv'
 
 def _as_json(rows, **about) -> str:
@@ -326,7 +338,7 @@ def _as_csv(rows) -> str:
 
 def _as_line(path:Path, top:list[tuple[str, float]]) -> str: return f'{path}: ' + ', '.join(f'{c} {100*x:.1f} %' for c, x in top)
 
-# %% ../nbs/40_cli.ipynb #40-029
+# %% ../nbs/40_cli.ipynb #40-031
 @app.command()
 def predict(
     prompts:Prompts,
@@ -360,7 +372,7 @@ def predict(
     elif not now: sys.stdout.write(text)
     if not read: raise ValueError(f'none of the {len(rows)} images can be read; check the files')
 
-# %% ../nbs/40_cli.ipynb #40-031
+# %% ../nbs/40_cli.ipynb #40-033
 @app.command('bench')
 def bench_command(
     cases:Annotated[str, typer.Option(help='comma-separated: ' + ', '.join(CASES))]=','.join(CASES),
@@ -377,7 +389,7 @@ def bench_command(
     _show(speed_table(bench(_list(cases, what='cases'), quick, repeats, device, precision, json_file)))
     if json_file: out.print(f'wrote {json_file}')
 
-# %% ../nbs/40_cli.ipynb #40-033
+# %% ../nbs/40_cli.ipynb #40-035
 @app.command()
 def info(prompts:Annotated[Path|None, typer.Argument(help='a prompt file to describe')]=None):
     """What is installed, or what a prompt file holds.

@@ -46,6 +46,11 @@ class CoOp(PromptLearner):
         epochs = 50 if dataset == 'imagenet' or shots < 2 else 100 if shots < 8 else 200
         return Recipe(lr=.002, epochs=epochs, batch_size=32, source='CoOp, section 4.1; configurations vit_b16*, rn50*')
 
+    @classmethod
+    def published(cls, setting='few-shot', shots=16, dataset='') -> dict:
+        "16 random vectors for few shots; elsewhere, as run for the CoCoOp paper, four words (Zhou et al. 2022, CVPR, section 4)"
+        return {} if setting == 'few-shot' else dict(ctx_init='a photo of a')
+
 # %% ../nbs/11_coop.ipynb #11-022
 def nearest_words(learner:CoOp,
     k:int=3,  # words per context vector

@@ -123,5 +123,9 @@ class MaPLe(PromptLearner):
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
         "Khattak et al. 2023, section 4.2. Few-shot classification has no published configuration; base-to-new's is used"
-        transfer = setting in ('cross-dataset', 'domain-generalisation')                     # there with depth=3
+        transfer = setting in ('cross-dataset', 'domain-generalisation')
         return Recipe(lr=.0026 if transfer else .0035, epochs=2 if transfer else 5, batch_size=4, source='MaPLe, section 4.2; configurations vit_b16_c2_ep5_batch4_2ctx*')
+
+    @classmethod
+    def published(cls, setting='few-shot', shots=16, dataset='') -> dict:
+        return dict(depth=3) if setting in ('cross-dataset', 'domain-generalisation') else {}

@@ -173,8 +173,13 @@ class PromptLearner(Classifier):
 
     @classmethod
     def recipe(cls, setting:str='few-shot', shots:int=16, dataset:str='') -> Recipe:
-        "The paper's hyper-parameters for a setting ('few-shot' or 'base-to-new')"
+        "How the paper trains in a setting ('few-shot', 'base-to-new', 'cross-dataset' or 'domain-generalisation')"
         return Recipe()
+
+    @classmethod
+    def published(cls, setting:str='few-shot', shots:int=16, dataset:str='') -> dict:
+        "The arguments that the paper builds the learner with in a setting, where they are not the defaults"
+        return {}
 
     def training_step(self, batch:tuple[Tensor, Tensor], optimizer) -> float:
         "One update on (images, labels); returns the loss before it. Raises FloatingPointError on a loss that is not finite"

@@ -163,9 +163,13 @@ class TwoPairs(ZeroShot):
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
-        "Eight epochs of 16 images; for domain generalisation (with four tokens) six of 32"
+        "Eight epochs of 16 images; for domain generalisation six of 32"
         domain = setting == 'domain-generalisation'
         return Recipe(lr=.0015, epochs=6 if domain else 8, batch_size=32 if domain else 16, source=f"MetaPrompt repository, configuration of {'domain generalisation' if domain else 'base-to-new'}")
+
+    @classmethod
+    def published(cls, setting='few-shot', shots=16, dataset='') -> dict:
+        return dict(n_ctx=4, n_visual=4) if setting == 'domain-generalisation' else {}
 
 # %% ../nbs/16_metaprompt.ipynb #16-027
 class MetaPrompt(TwoPairs):

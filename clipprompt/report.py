@@ -26,7 +26,7 @@ from .learner import PromptLearner, Recipe, check_writable, read_prompts
 from .map_dafe import MAPDAFE
 from .metaprompt import MetaPrompt
 from .mudpt import MuDPT
-from .protocols import Method, apart, draw, protocol, read_records, record, run_id, second_set, summary, unpack_hits, write_table
+from .protocols import SETTINGS, Method, apart, draw, overall, protocol, read_records, record, run_id, second_set, summary, unpack_hits, usual_shots, write_table
 from .provp import ProVP, ProVPRef
 from .variational import VariationalCoCoOp, VariationalCoOp
 from .zeroshot import BestTemplate, LinearProbe, ZeroShot
@@ -59,13 +59,13 @@ TASKS = ['icons', 'edges', 'pixels', 'rotated']   # Pictograms' domains; 'all' m
 # %% ../nbs/20_report.ipynb #20-009
 def find_method(name:str,
     budget:str='book',               # recipes scaled by the rule above, or the 'paper' ones
-    protocol_name:str='base-to-new', # CoOp's paper takes 16 random vectors for few shots, the words "a photo of a" elsewhere
+    protocol_name:str='base-to-new', shots:int=16, dataset:str='', # on which a paper's arguments may depend
 ) -> Method:
     "A method by its name. Raises ValueError that suggests the nearest"
     if name not in METHODS: raise ValueError(f"unknown method '{name}'; {nearest(name, METHODS)}")
     if budget not in ('book', 'paper'): raise ValueError(f"unknown budget '{budget}'; use book (scaled for two CPU cores) or paper")
     m = METHODS[name]
-    return m if budget == 'book' else Method(m.cls, m.hparams if m.cls is CoOp and protocol_name != 'few-shot' else None)
+    return m if budget == 'book' else Method(m.cls, m.cls.published(SETTINGS.get(protocol_name, protocol_name), shots, dataset) or None)
 
 def load_prompts(path:str|Path, backbone:Backbone) -> PromptLearner:
     "Any method's prompt file"
@@ -106,13 +106,13 @@ def compare(
     budget:str='book',                 # or 'paper': the published recipes
 ) -> pd.DataFrame: # one row per method, task, shots and seed
     "Every method on every task under one protocol"
-    shots = [4 if protocol_name == 'domain' else 16] if shots is None else shots
+    shots = [usual_shots(protocol_name)] if shots is None else shots
     for what, given in dict(methods=methods, seeds=seeds, shots=shots, tasks=tasks).items():
         if not len(given): raise ValueError(f'no {what}: give at least one')
     methods, seeds, shots, tasks = (list(dict.fromkeys(x)) for x in (methods, seeds, shots, tasks))   # each once
     protocol(protocol_name)
-    chosen, backbone = [find_method(m, budget, protocol_name) for m in methods], backbone or load_backbone()
-    runs = [(task, k, seed, m) for task in tasks for k in shots for seed in seeds for m in chosen]
+    for m in methods: find_method(m, budget)
+    backbone, runs = backbone or load_backbone(), [(task, k, seed, m) for task in tasks for k in shots for seed in seeds for m in methods]
     if len(targets) and protocol_name != 'cross': raise ValueError(f"protocol '{protocol_name}' has no targets; leave them out (--targets), or use cross")
     data, aims = {t: find_data(t, protocol_name, root, skip_broken) for t in tasks}, [find_data(t, 'cross', root, skip_broken) for t in targets]
     apart(data.values()); apart(aims)
@@ -124,7 +124,8 @@ def compare(
     rows = {r['run']: r for r in read_records(Path(out)/'results.csv')} if out and (Path(out)/'results.csv').is_file() else {}
     asked, prints, marks = [], {t: d.fingerprint for t, d in data.items()}, [t.fingerprint for t in aims]
     for task, k, seed, m in (bar := tqdm(runs, unit='run', disable=not progress)):
-        bar.set_description(f'{m.name} {task}')
+        bar.set_description(f'{m} {task}')
+        m = find_method(m, budget, protocol_name, k, data[task].name)
         recipe = m.planned(protocol_name, k, data[task].name)
         recipe = recipe and replace(recipe, epochs=epochs or recipe.epochs, select=select)
         asked.append(key := run_id(m, recipe, protocol_name, prints[task], k, seed, backbone, marks))
@@ -137,6 +138,7 @@ def compare(
 def table(rows:pd.DataFrame) -> pd.DataFrame: # text cells
     "Means over seeds, ready to print; H is of the means"
     s = summary(rows)
+    if s.task.nunique() > 1: s = pd.concat([s, overall(rows).assign(task=lambda t: [f'mean of {n}' for n in t.tasks])], ignore_index=True)
     cell = lambda m, sd, n: '-' if pd.isna(m) else f'{m:.1f}' + (f' ± {sd:.1f}' if n > 1 and sd > 0 else '')
     out = s[['task', 'shots', 'method']].copy()
     for c in ('base', 'new', 'source', 'accuracy'):

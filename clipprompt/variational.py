@@ -152,9 +152,14 @@ class VariationalCoOp(Variational, CoOp):
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
-        "Released scripts: single images; epochs by data set, and `samples` too (`PUBLISHED`)"
+        "Released scripts: single images; epochs by data set"
         epochs = 10 if setting not in ('few-shot', 'base-to-new') else PUBLISHED.get(dataset.lower().replace('_', ''), (10, 40))[1]
         return Recipe(lr=.002, epochs=epochs, batch_size=1, source='Bayesian-Prompt-Learning repository, scripts and VPT.md')
+
+    @classmethod
+    def published(cls, setting='few-shot', shots=16, dataset='') -> dict:
+        "Samples by data set"
+        return dict(samples=PUBLISHED.get(dataset.lower().replace('_', ''), (10, 40))[0]) if setting in ('few-shot', 'base-to-new') else {}
 
 class VariationalCoCoOp(VariationalCoOp):
     "CoCoOp's idea with a Gaussian for each image (Derakhshani et al. 2023, conditional)"

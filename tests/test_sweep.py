@@ -17,12 +17,12 @@ import pytest
 import torch
 from filelock import FileLock
 
-from clipprompt import sweep as sweep_module
+from clipprompt import data as data_module, sweep as sweep_module
 from clipprompt.backbone import assets, load_backbone
-from clipprompt.data import load_dataset
+from clipprompt.data import DataNotFound, load_dataset
 from clipprompt.learner import check_writable
 from clipprompt.protocols import read_records, record, rerun, write_record, write_table
-from clipprompt.report import METHODS, compare
+from clipprompt.report import METHODS, compare, find_method
 from clipprompt.sweep import Run, attempt, grid, load_run, sweep
 from clipprompt.training import evaluate
 from helpers import clipprompt, one_line, refused, shapes, works
@@ -379,6 +379,49 @@ def test_a_shell_is_told_what_failed(photos, tmp_path):
     assert len(list((tmp_path/'records').glob('*.json'))) == 1 and len(list((tmp_path/'failed').iterdir())) == 1
 
 
+def test_a_plan_names_the_runs_that_cannot_be(photos, tmp_path):
+    "and goes on, as the sweep does"
+    works('sweep', '--task', photos, '--methods', 'zero-shot', '--shots', '2', '--seeds', '1', '--out', tmp_path)
+    r = works('sweep', '--task', photos, '--methods', 'zero-shot', '--shots', '2,50', '--seeds', '1', '--out', tmp_path, '--plan')
+    assert '50 shots asked for' in r.err and r.err.startswith('cannot run: zero-shot') and '2 runs, 1 done, 1 missing' in r.out
+
+
+def test_usual_shots():
+    "compare and sweep mean the same where nobody says how many"
+    assert {(r.protocol, r.shots) for r in grid(['coop'], protocols=['few-shot', 'base-to-new', 'cross', 'domain'])} == {('few-shot', 16), ('base-to-new', 16), ('cross', 16), ('domain', 4)}
+
+
+@pytest.mark.parametrize('error,tries', [(OSError('gone'), 3), (DataNotFound('no file'), 3), (RuntimeError('out of memory'), 3), (ValueError('wrong'), 1), (FloatingPointError('loss is nan'), 1)])
+def test_what_another_try_may_change_is_tried_again(error, tries, tmp_path, monkeypatch):
+    seen = []
+    def fail(*args): seen.append(args); raise error
+    monkeypatch.setattr(sweep_module, 'load_run', fail)
+    state, said = attempt(Run('coop'), tmp_path, patience=0)
+    assert state == 'failed' and str(error) in said and len(seen) == tries
+
+
+def test_a_picture_that_cannot_be_read_may_be_there_again(photos, tmp_path, monkeypatch):
+    "A file server that is away for a moment: PIL's error reaches us as a DataError with an OSError behind it"
+    away, real = [1], data_module.open_image
+    def flaky(path):
+        if away: away.pop(); raise OSError('Stale file handle')
+        return real(path)
+    run = grid(['zero-shot'], [str(photos)], ['few-shot'], [2], [1])[0]
+    load_run(run)
+    monkeypatch.setattr(data_module, 'open_image', flaky)
+    state, said = attempt(run, tmp_path, patience=0)
+    assert state == 'done' and not away, said
+
+
+@pytest.mark.parametrize('method,protocol,dataset,hparams', [
+    ('maple', 'cross', 'imagenet', dict(depth=3)), ('maple', 'base-to-new', 'dtd', None), ('metaprompt', 'domain', 'pacs', dict(n_ctx=4, n_visual=4)), ('metaprompt', 'base-to-new', 'dtd', None),
+    ('coop', 'few-shot', 'dtd', None), ('coop', 'cross', 'imagenet', dict(ctx_init='a photo of a')), ('variational-coop', 'base-to-new', 'oxford_pets', dict(samples=40)), ('variational-cocoop', 'few-shot', 'ucf101', dict(samples=5))])
+def test_the_papers_arguments(method, protocol, dataset, hparams):
+    "A recipe alone is not the published setting"
+    m = find_method(method, 'paper', protocol, 16, dataset)
+    assert m.hparams == hparams and m.planned(protocol, 16, dataset) == m.cls.recipe({'cross': 'cross-dataset', 'domain': 'domain-generalisation'}.get(protocol, protocol), 16, dataset)
+
+
 def test_a_domain_of_a_table_is_a_task(photos, tmp_path, monkeypatch):
     "TABLE/DOMAIN: alone, or unseen under protocol domain; by the shell, by compare and by rerun the same"
     rows = [f'{p},{p.parent.name},{"ab"[i % 2]}' for i, p in enumerate(sorted(photos.glob('*/*.png')))]
@@ -393,6 +436,11 @@ def test_a_domain_of_a_table_is_a_task(photos, tmp_path, monkeypatch):
     again = compare(['coop'], shots=[2], protocol_name='domain', tasks=['t.csv/b'], epochs=1, progress=False).iloc[0].to_dict()
     assert {k: again[k] for k in ('run', 'accuracy', 'hits_accuracy')} == {k: by['coop', 'domain'][k] for k in ('run', 'accuracy', 'hits_accuracy')}
     assert rerun(by['coop', 'domain'], METHODS['coop'].cls)['accuracy'] == again['accuracy']
+    alone, apart = (works('train', 't.csv', '--task', 'b', *more, '--shots', '2', '--epochs', '1').out for more in ((), ('--sources', 'rest')))
+    assert '4 classes, 8 training and 4 test pictures' in alone and '4 classes, 8 training and 12 test pictures' in apart
+    refused('train', 't.csv', '--task', 'b', '--sources', 'c', says=["'c'", 'a, b'])
+    refused('train', 't.csv', '--sources', 'rest', says=['task', 'a, b'])
+    refused('train', 't.csv', '--budget', 'big', says=["unknown budget 'big'"])
     refused('compare', '--protocol', 'domain', '--task', 't.csv', says=["not 't.csv'", 'photos.csv/sketch'])
     refused('compare', '--task', 't.csv/c', says=["'c'", 'a, b'])
     refused('compare', '--task', 'u.csv/c', says=['u.csv/c', 'check the path'])
