@@ -250,6 +250,7 @@ def load_backbone(
     "A frozen CLIP, ready for prompts. Raises ValueError (unknown or unfit name, damaged file, no such device) or ConnectionError (weights not to be had)"
     device = find_device(device)
     if precision not in (None, 'bf16', 'fp16'): raise ValueError(f"unknown precision '{precision}'; use 'bf16', 'fp16', or None for that of the weights")
+    if name == 'picto-clip' and pretrained: raise ValueError(f"picto-clip has weights of its own, so leave pretrained={str(pretrained)!r} out (--pretrained), or name the model that they belong to (--backbone ViT-B-16)")
     backbone = _picto_clip(assets()/'picto-clip.safetensors') if name == 'picto-clip' else _open_clip(name, pretrained)
     backbone.pretrained = pretrained and str(Path(pretrained).expanduser().absolute() if Path(pretrained).expanduser().is_file() else pretrained)
     backbone.precision, backbone.cache = precision, cache and Path(cache).expanduser()

@@ -28,11 +28,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from . import __version__
 from .backbone import Backbone, load_backbone
 from .bench import CASES, bench, speed_table
-from .data import DataSet, load_dataset, open_image, test_transform, to_rgb
+from .data import PUBLIC, DataSet, load_dataset, open_image, test_transform, to_rgb
 from .learner import PromptLearner, check_writable, local_prompts, read_prompts, write_safely
 from .prompts import clean_names
-from .protocols import PROTOCOLS, SCORES, protocol, read_records, rerun, usual_shots, write_table
-from .report import METHODS, TASKS, compare, find_method, load_prompts, plot, table
+from .protocols import PROTOCOLS, SCORES, known_runs, protocol, read_records, rerun, usual_shots, write_table
+from .report import METHODS, TASKS, compare, find_method, load_prompts, plot, split_name, table
 from .sweep import Run, grid, load_run, look, sweep
 from .training import evaluate
 
@@ -105,17 +105,21 @@ def compare_command(
     epochs:Annotated[int|None, typer.Option(min=1, help="instead of each method's own number")]=None,
     out_dir:Annotated[Path, typer.Option('--out', help='folder for results.csv and compare.png; what is finished there is not run again')]=Path('clipprompt-results'),
     skip_broken:Annotated[bool, typer.Option('--skip-broken', help='leave unreadable images out instead of stopping')]=False,
-    quick:Annotated[bool, typer.Option(help='one seed, 2 shots, 2 epochs: does everything run?')]=False,
+    quick:Annotated[bool, typer.Option(help='2 shots and 2 epochs where not given: does everything run?')]=False,
     select:Annotated[str, typer.Option(help="which epoch counts: last, or best_on_test (recorded as such)")]='last',
     model:Model='picto-clip', pretrained:Weights=None, precision:Half=None, cache:Cache=None,
 ):
     """Train and test methods under one protocol; print a table, write results.csv and compare.png.
 
-    Examples:  clipprompt compare     clipprompt compare --task all     clipprompt compare --protocol domain     clipprompt compare --methods zero-shot,coop --protocol few-shot --shots 1,2,4,8,16
+    Examples:
+    clipprompt compare
+    clipprompt compare --task all
+    clipprompt compare --protocol domain
+    clipprompt compare --methods zero-shot,coop --protocol few-shot --shots 1,2,4,8,16
     clipprompt compare --task caltech101 --root DATA --backbone ViT-B-16 --pretrained openai --budget paper --seeds 1,2,3
     """
     protocol(protocol_name)
-    if quick: seeds, shots, epochs = '1', '2', 2
+    if quick: shots, epochs = shots or '2', epochs or 2
     names, tasks = _list(methods, what='methods'), TASKS if task == 'all' else _list(task, what='task')
     seeds_, shots_ = _list(seeds, int, 'seeds'), None if shots is None else _list(shots, int, 'shots')
     for m in names: find_method(m, budget)
@@ -143,17 +147,20 @@ def sweep_command(
     out_dir:Annotated[Path, typer.Option('--out', help='folder of the records; may be shared by machines')]=Path('clipprompt-sweep'),
     plan:Annotated[bool, typer.Option('--plan', help='say what is done and what is missing, and stop')]=False,
     ray:Annotated[str|None, typer.Option(help="run on a Ray cluster: 'local', or the address of one")]=None,
-    cpus:Annotated[float, typer.Option(help='of each run, with Ray')]=1.,
-    gpus:Annotated[float, typer.Option(help='of each run, with Ray; 0.25 puts four runs on a GPU')]=0.,
+    cpus:Annotated[float|None, typer.Option(help='of each run, with --ray; 1 where not given')]=None,
+    gpus:Annotated[float|None, typer.Option(help='of each run, with --ray; 0.25 puts four runs on a GPU')]=None,
     retries:Annotated[int, typer.Option(min=0, help='after a run failed or its worker died')]=2,
     skip_broken:Annotated[bool, typer.Option('--skip-broken', help='leave unreadable images out instead of stopping')]=False,
     model:Model='picto-clip', pretrained:Weights=None, precision:Half=None, cache:Cache=None,
 ):
     """Do what is missing of a grid of runs; each finished run is one file.
 
-    Examples:  clipprompt sweep --methods coop,vpt --seeds 1,2,3 --plan     clipprompt sweep --task caltech101,dtd --root DATA --protocol few-shot,base-to-new --shots 1,2,4,8,16 --ray local --gpus 0.25
+    Examples:
+    clipprompt sweep --methods coop,vpt --seeds 1,2,3 --plan
+    clipprompt sweep --task caltech101,dtd --root DATA --protocol few-shot,base-to-new --shots 1,2,4,8,16 --ray local --gpus 0.25
     """
-    out_dir = out_dir.expanduser()
+    if not ray and (cpus is not None or gpus is not None): raise ValueError('--cpus and --gpus share out a Ray cluster; add --ray local, or leave them out')
+    out_dir, results = out_dir.expanduser(), out_dir.expanduser()/'results.csv'
     runs = grid(_list(methods, what='methods'), TASKS if task == 'all' else _list(task, what='task'), _list(protocols, what='protocol'), None if shots is None else _list(shots, int, 'shots'), _list(seeds, int, 'seeds'),
         backbone=model, pretrained=pretrained, precision=precision, root=root and str(root), targets=_list(targets, what='targets') if targets else (), budget=budget, epochs=epochs, skip_broken=skip_broken)
     if plan:
@@ -161,25 +168,28 @@ def sweep_command(
         for r in (missing := [r for r in runs if not _done(r, out_dir)]): out.print(str(r))
         out.print(f'{len(runs)} runs, {len(runs)-len(missing)} done, {len(missing)} missing')
         return
-    left = sweep(runs, out_dir, 'ray' if ray else 'here', retries, cpus, gpus, None if ray == 'local' else ray, cache)
+    before = known_runs(results)                                        # rows that `compare` wrote there stay; a file of others is refused
+    left = sweep(runs, out_dir, 'ray' if ray else 'here', retries, 1 if cpus is None else cpus, gpus or 0, None if ray == 'local' else ray, cache)
     if left.records:
         _show(table(left.rows))
-        write_table(out_dir/'results.csv', read_records(out_dir/'records'))          # all that is in the folder, whoever did it
-        out.print(f'wrote {out_dir}/results.csv')
+        write_table(results, (before | {r['run']: r for r in left.records} | known_runs(out_dir/'records')).values())   # all that is in the folder, whoever did it
+        out.print(f'wrote {results}')
     for run, said in left.failed.items(): err.print(f'failed: {run}: {said.strip().splitlines()[-1]}')
     if left.failed: raise ValueError(f"failed runs: {len(left.failed)} of {len(runs)}; their tracebacks are in {out_dir/'failed'}; the same command tries them again")
 
 # %% ../nbs/40_cli.ipynb #40-017
 @app.command('rerun')
 def rerun_command(
-    path:Annotated[Path, typer.Argument(help='a record (.json), a folder of records, or a results.csv')],
+    path:Annotated[Path, typer.Argument(help='a record (.json), a results.csv, or the folder of a comparison or a sweep')],
     run:Annotated[str|None, typer.Option(help='which of several: the first digits of its run')]=None,
     root:Root=None, pretrained:Weights=None,
     out_file:Annotated[Path|None, typer.Option('--out', help='write the new record here, as a table of one row')]=None,
 ):
     """Run a row of a table again, from what it says about itself, and compare.
 
-    Examples:  clipprompt rerun sweep/records/9aeee14ac504eb60.json     clipprompt rerun clipprompt-results/results.csv --run 9aeee
+    Examples:
+    clipprompt rerun clipprompt-sweep/records/9aeee14ac504eb60.json
+    clipprompt rerun clipprompt-results/results.csv --run 9aeee
     """
     if out_file: check_writable(out_file)
     known = read_records(path)
@@ -197,16 +207,17 @@ def rerun_command(
 # %% ../nbs/40_cli.ipynb #40-019
 class Classes(str, Enum): all, base, new = 'all', 'base', 'new'
 
-Data = Annotated[str, typer.Argument(help="'pictograms', 'emoji', a public data set (caltech101), a folder with one sub-folder of images per class, or a table (.csv) of path and label")]
-Task = Annotated[str|None, typer.Option(help=f"a domain of the data; of pictograms: {'|'.join(TASKS)}|styles")]
+Data = Annotated[str, typer.Argument(help=f"{'|'.join(TASKS)}|styles, emoji, a public data set (caltech101, pacs/sketch), a folder with one sub-folder of images per class, or a table of path and label (photos.csv, photos.csv/sketch)")]
+Task = Annotated[str|None, typer.Option(help='a domain of the data, where DATA names none')]
 Which = Annotated[Classes, typer.Option(help='all classes, or the base or new half')]
-Sources = Annotated[str|None, typer.Option(help="train on these domains, comma-separated, or 'rest', and test on --task")]
+Sources = Annotated[str|None, typer.Option(help="train on these domains, comma-separated, or 'rest', and test on the one named")]
 Skip = Annotated[bool, typer.Option('--skip-broken', help='leave unreadable images out instead of stopping')]
-Prompts = Annotated[str, typer.Argument(help="file from `clipprompt train`, or hf://user/name[@revision] from the Hugging Face hub")]
+Prompts = Annotated[str, typer.Argument(help="file from `clipprompt train`, or hf://user/name\\[@revision] from the Hugging Face hub")]
 
-def _data(name:str, task:str|None, classes:Classes, shots:int|None=None, seed:int=1, skip_broken:bool=False, root:Path|None=None, sources:str|None=None) -> DataSet:
-    given = {k: v for k, v in dict(task=task, root=root, sources=sources and ('rest' if sources == 'rest' else _list(sources, what='sources'))).items() if v}
-    data = load_dataset(name, skip_broken=skip_broken, **given)
+def _data(text:str, task:str|None, classes:Classes, shots:int|None=None, seed:int=1, skip_broken:bool=False, root:Path|None=None, sources:str|None=None) -> DataSet:
+    name, part = split_name(text)
+    if part and task: raise ValueError(f"'{text}' names a domain already; leave --task out")
+    data = load_dataset(name, part or task, root if name in PUBLIC else None, skip_broken, sources=sources and ('rest' if sources == 'rest' else _list(sources, what='sources')))
     if shots: data = data.few_shot(shots, seed)
     return {'all': lambda: data, 'base': data.base, 'new': data.new}[classes.value]()
 
@@ -228,7 +239,10 @@ def train(
 ):
     """Learn prompts and save them.
 
-    Examples:  clipprompt train --task pixels --shots 16     clipprompt train photos/ --out photos.safetensors
+    Examples:
+    clipprompt train pixels --shots 16
+    clipprompt train photos/ --out photos.safetensors
+    clipprompt train photos.csv/sketch --sources rest
     """
     check_writable(out_file)
     find_method(method, budget)
@@ -246,7 +260,7 @@ def _backbone_of(prompts:str|Path, pretrained:str|None, precision:str|None, cach
     made_on = read_prompts(prompts)[0]['backbone']
     name, _, weights = made_on.partition('/')
     try: return load_backbone(name, pretrained or weights or None, precision=precision, cache=cache)
-    except (ValueError, OSError) as e: raise ValueError(f'{told or prompts} was trained on {made_on}: {e}') from None
+    except (ValueError, OSError) as e: raise ValueError(f"{told or prompts} was trained on {made_on}: {e}{'; if its weights were a file, name it with --pretrained' if weights and not pretrained else ''}") from None
 
 @app.command('evaluate')
 def evaluate_command(
@@ -257,7 +271,9 @@ def evaluate_command(
 ):
     """Score a prompt file on a test set, with that set's class names.
 
-    Examples:  clipprompt evaluate prompts.safetensors pictograms --task pixels --classes new     clipprompt evaluate photos.safetensors photos/ --per-class
+    Examples:
+    clipprompt evaluate prompts.safetensors pixels --classes new
+    clipprompt evaluate photos.safetensors photos/ --per-class
     """
     file = local_prompts(prompts)
     learner, pictures = load_prompts(file, _backbone_of(file, pretrained, precision, cache, prompts)), _data(data, task, classes, skip_broken=skip_broken, root=root)
@@ -296,23 +312,23 @@ def _lines(path:Path, text:str) -> list[str]:
     if not names: raise ValueError(f'{text} holds no class names; write one per line')
     return names
 
-def _open(path:Path) -> Image.Image:
+def _open(path:Path, cure:str) -> Image.Image:
     try:
         with open_image(path) as image: return to_rgb(image)
     except FileNotFoundError: raise FileNotFoundError(f'there is no image {path}; check the path') from None
     except Exception as e: raise ValueError(    # PIL raises many kinds
-        f'cannot read the image {path} ({e}); repair it, or use --skip-broken') from None
+        f'cannot read the image {path} ({e}){cure}') from None
 
 # %% ../nbs/40_cli.ipynb #40-027
 @torch.no_grad()
 def _predict(learner:PromptLearner, paths:list[Path], top:int, batch:int, skip_broken:bool):
     "(path, [(class, probability)], '') or (path, [], what is wrong with it), in order"
     learner, transform, k = learner.eval(), test_transform(learner.backbone), min(top, len(learner.classnames))
-    text = learner.text_features()
+    text, cure = learner.text_features(), '' if skip_broken else '; repair it, or use --skip-broken'
     for i in range(0, len(paths), batch):
         tensors, wrong = [], {}
         for path in paths[i:i+batch]:
-            try: tensors.append(transform(_open(path)))
+            try: tensors.append(transform(_open(path, cure)))
             except (ValueError, OSError) as e:
                 if not skip_broken: raise
                 wrong[path] = str(e)
@@ -352,7 +368,10 @@ def predict(
 ):
     """Name what is on images, with probabilities.
 
-    Examples:  clipprompt predict prompts.safetensors a.png b.jpg     clipprompt predict prompts.safetensors photos/ --format json --out photos.json     clipprompt predict prompts.safetensors a.png --classes "camera,key"
+    Examples:
+    clipprompt predict prompts.safetensors a.png b.jpg
+    clipprompt predict prompts.safetensors photos/ --format json --out photos.json
+    clipprompt predict prompts.safetensors a.png --classes "camera,key"
     """
     if out_file: check_writable(out_file)
     names, paths, file = None if classes is None else _names(classes), _images(images), local_prompts(prompts)
@@ -384,7 +403,9 @@ def bench_command(
 ):
     """Measure plain against fast computation on this machine: time, memory, largest difference.
 
-    Examples:  clipprompt bench --quick     clipprompt bench --cases coop-m16-c100,vpt-deep --json speed.json
+    Examples:
+    clipprompt bench --quick
+    clipprompt bench --cases coop-m16-c100,vpt-deep --json speed.json
     """
     _show(speed_table(bench(_list(cases, what='cases'), quick, repeats, device, precision, json_file)))
     if json_file: out.print(f'wrote {json_file}')
@@ -394,7 +415,9 @@ def bench_command(
 def info(prompts:Annotated[Path|None, typer.Argument(help='a prompt file to describe')]=None):
     """What is installed, or what a prompt file holds.
 
-    Examples:  clipprompt info     clipprompt info prompts.safetensors
+    Examples:
+    clipprompt info
+    clipprompt info prompts.safetensors
     """
     if prompts:
         meta, state = read_prompts(prompts)

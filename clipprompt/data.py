@@ -111,7 +111,7 @@ class _Files:
         try:
             with open_image(path) as image: return to_rgb(image)
         except Exception as e: # PIL raises many kinds
-            raise DataError(f"cannot read the image {path} ({' '.join(str(e).split())}); repair or remove it, or load with skip_broken=True") from e
+            raise DataError(f"cannot read the image {path} ({' '.join(str(e).split())}); repair or remove it, or load with skip_broken=True (--skip-broken)") from e
 
     def mark(self, path:str) -> str:
         return f'{_below(path, self.root)} {Path(path).stat().st_size}'
@@ -261,7 +261,7 @@ class DataSet:
         counts = [Counter(i.label for i in part) for part in parts]
         n, scarce = min((count[label], name) for count in counts for label, name in enumerate(self.classnames))
         if n < shots and not allow_fewer:
-            cure = f'use at most {n} shots, or allow_fewer=True' if n else 'add some'
+            cure = f"use at most {n} shot{'s'*(n > 1)}, or in Python allow_fewer=True" if n else 'add some'
             raise DataError(f"{shots} shots asked for, but class '{scarce}' of '{self.name}' has {n} training pictures{' in one of its domains' if self.by_domain else ''}; {cure}")
         train, val = [], []
         for part in parts:
@@ -672,7 +672,7 @@ def _find_set(name:str, root:str|Path|None, download:bool) -> _Place:
     "Where the set lies; with `download`, fetch it first if it lies nowhere"
     p, root = PUBLIC[name], root or os.environ.get('CLIPPROMPT_DATA')
     what = f"'{p.folder}'{f' with {p.images} in it' if p.images else ''}"
-    fetch = '; download=True fetches it through torchvision' if p.torchvision else f'; get it as described in {p.get}'
+    fetch = f"; in Python, load_dataset('{name}', root=..., download=True) fetches it through torchvision" if p.torchvision else f'; get it as described in {p.get}'
     if not root: raise DataNotFound(f"where is {name}? give root= (--root), the folder that holds {what}, or set CLIPPROMPT_DATA{fetch}")
     root = Path(root).expanduser().absolute()
     def images(): return next((f for f in (root/p.folder/p.images, *([root/p.fetched] if p.fetched else [])) if f.is_dir()), None)
@@ -690,7 +690,7 @@ def _find_set(name:str, root:str|Path|None, download:bool) -> _Place:
 def _public(name:str, task:str|None, root:str|Path|None, skip_broken:bool, download:bool) -> DataSet:
     "A public set, or one domain of it"
     p = PUBLIC[name]
-    if p.domains and not task: raise DataError(f"'{name}' has several domains: give task=, one of {', '.join(p.domains)}; with sources='rest' you train on the others")
+    if p.domains and not task: raise DataError(f"'{name}' has several domains: give task=, one of {', '.join(p.domains)} (in a shell {name}/{p.domains[0]}); with sources='rest' (--sources) you train on the others")
     if task and not p.domains: raise DataError(f"'{name}' has no tasks, but task='{task}' was given; leave it out")
     if task and task not in p.domains: raise _unknown(f'task of {name}', task, p.domains)
     place = _find_set(name, root, download)
@@ -842,7 +842,7 @@ def _read_table(file:Path) -> list[dict]:
     if len(rows) < 2: raise DataError(f"{file} lists no pictures; the first line is path,label (and domain, split if you like), then one line for each picture")
     columns, seen, table = [c.lower() for c in rows[0][1]], {}, []
     for c in ('path', 'label'):
-        if c not in columns: raise DataError(f"{file} has no column '{c}' but {', '.join(columns)[:120]}; its first line should be path,label (and domain, split if you like)")
+        if c not in columns: raise DataError(f"{file} has no column '{c}' but {', '.join(columns)[:120]}; its first line should be path,label (and domain, split if you like){', with commas between' if ';' in rows[0][1][0] else ''}")
     if len(set(columns)) < len(columns): raise DataError(f"{file} has two columns of the same name among {', '.join(columns)[:120]}; rename one")
     for line, cells in rows[1:]:
         here = f'{file}, line {line}'

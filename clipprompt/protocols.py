@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'SCORES', 'PROTOCOLS', 'NESTED', 'harmonic_mean', 'Method', 'pack_hits', 'unpack_hits', 'draw', 'few_shot',
            'base_to_new', 'apart', 'cross', 'second_set', 'domain', 'protocol', 'usual_shots', 'summary', 'overall',
-           'run_id', 'record', 'write_record', 'write_table', 'read_records', 'rerun']
+           'run_id', 'record', 'write_record', 'write_table', 'read_records', 'known_runs', 'rerun']
 
 # %% ../nbs/07_protocols.ipynb #07-003
 import base64, hashlib, json, math
@@ -214,19 +214,25 @@ def _checked(rec:dict, path:Path) -> dict:
 
 def _one(path:Path) -> dict:
     try: return _checked(json.loads(path.read_text()), path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{path} is damaged ({e}); delete it, and what it held will be run again') from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{path} is damaged ({e}); move it away, and what it held will be run again') from None
 
 def read_records(path:str|Path) -> list[dict]:
-    "From a record, a folder of records or a table. Raises FileNotFoundError or ValueError"
+    "From a record, a table, or the folder of a comparison or a sweep. Raises FileNotFoundError or ValueError"
     path = Path(path)
-    if path.is_dir(): return [_one(p) for p in sorted(path.glob('*.json'))]
+    if path.is_dir():
+        if files := sorted(path.glob('*.json')) or sorted(path.glob('records/*.json')): return [_one(f) for f in files]
+        path = path/'results.csv'
     if not path.is_file(): raise FileNotFoundError(f'there are no records at {path}; give a .json record, a folder of them, or a results.csv')
     if path.suffix != '.csv': return [_one(path)]
     try: rows = pd.read_csv(path, dtype=str, keep_default_na=False)   # a class folder may be called 2024 or null
-    except (ValueError, OSError) as e: raise ValueError(f"{path} cannot be read ({' '.join(str(e).split())[:100]}); remove it or choose another folder") from None
-    if 'run' not in rows or not rows.run.is_unique: raise ValueError(f'{path} was not written by this version of clipprompt; remove it or choose another folder')
+    except (ValueError, OSError) as e: raise ValueError(f"{path} cannot be read ({' '.join(str(e).split())[:100]}); move it away or choose another folder") from None
+    if 'run' not in rows or not rows.run.is_unique: raise ValueError(f'{path} was not written by this version of clipprompt; move it away or choose another folder')
     try: return [_checked({k: _value(k, v) for k, v in r.items()}, path) for r in rows.to_dict('records')]
-    except (TypeError, json.JSONDecodeError) as e: raise ValueError(f'{path} is damaged ({e}); remove it or choose another folder') from None
+    except (TypeError, json.JSONDecodeError) as e: raise ValueError(f'{path} is damaged ({e}); move it away or choose another folder') from None
+
+def known_runs(path:str|Path) -> dict[str, dict]:
+    "Records by their run; none where there is nothing yet"
+    return {r['run']: r for r in read_records(path)} if Path(path).exists() else {}
 
 def _value(name:str, text:str):
     "A cell: nothing, JSON, a number where the column holds numbers, else text"

@@ -6,7 +6,7 @@
 __all__ = ['Run', 'grid', 'Loaded', 'load_run', 'attempt', 'Swept', 'look', 'sweep']
 
 # %% ../nbs/22_sweep.ipynb #22-003
-import hashlib, json, os, time, traceback
+import hashlib, json, os, socket, time, traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -143,9 +143,13 @@ def _here(runs:list[Run], out:Path, retries:int, cache, patience:float, **_) -> 
 def _ray(runs:list[Run], out:Path, retries:int, cache, patience:float, cpus:float, gpus:float, address:str|None) -> Iterator[tuple[Run, tuple[str, str]]]:
     try: import ray
     except ImportError: raise ValueError("Ray is not installed; pip install 'clipprompt[ray]', or run the sweep here (without --ray)") from None
-    if not ray.is_initialized(): ray.init(address=address or 'local', include_dashboard=None if address else False, log_to_driver=False)
+    try:
+        host, _, port = (address or '').removeprefix('ray://').rpartition(':')
+        if host and port.isdecimal(): socket.create_connection((host.strip('[]'), int(port)), 10).close()      # Ray would knock for minutes
+        if not ray.is_initialized(): ray.init(address=address or 'local', include_dashboard=None if address else False, log_to_driver=False)
+    except Exception as e: raise ValueError(f"cannot join a Ray cluster at '{address or 'local'}' ({type(e).__name__}: {' '.join(str(e).split())[:120]}); check the address and `ray status` there, or use --ray local") from None   # a wrong port and a wrong word have a class each
     nodes = [n['Resources'] for n in ray.nodes() if n['Alive']]                       # Ray would wait for ever for what no machine has
-    if not any(n.get('CPU', 0) >= cpus and n.get('GPU', 0) >= gpus for n in nodes): raise ValueError(f'no machine of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs for a run; lower cpus (--cpus) or gpus (--gpus)')
+    if not any(n.get('CPU', 0) >= cpus and n.get('GPU', 0) >= gpus for n in nodes): raise ValueError(f'no machine of the Ray cluster has what a run asks for, cpus={cpus:g} and gpus={gpus:g}; lower them (--cpus, --gpus)')
     if not gpus and any(n.get('GPU') for n in nodes): raise ValueError('the Ray cluster has GPUs, but a run asks for none, and all would crowd on the first; give gpus (--gpus), such as 0.25, or hide them with CUDA_VISIBLE_DEVICES= when Ray starts')
     work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(attempt)   # Ray's retries are for workers that die, ours for runs that fail
     waiting = {work.remote(run, out, retries, cache, patience): run for run in runs}
@@ -200,7 +204,7 @@ def sweep(
                 bar.update(); bar.set_postfix(failed=len(failed), last=str(run)[:40], refresh=False)
             todo = busy
             if busy: time.sleep(patience)
-    return Swept([r for path in dict.fromkeys(done.values()) for r in read_records(path)], failed)
+    return Swept([r for path in dict.fromkeys(done[run] for run in runs if run in done) for r in read_records(path)], failed)
 
 # %% ../nbs/22_sweep.ipynb #22-026
 def _tell(out:Path, run:Run, said:str|None):

@@ -195,7 +195,7 @@ def _resume(path, learner, optimizer, run) -> tuple[list[float], list[float], di
     except SafetensorError as e: raise ValueError(f'checkpoint {path} is damaged ({e}); delete it to start anew') from None
     theirs = json.loads(meta.get('run', '{}'))
     if different := [k for k in run if theirs.get(k) != json.loads(json.dumps(run[k]))]:
-        raise ValueError(f"checkpoint {path} belongs to another run: {', '.join(different)} differ; delete it or give another file")
+        raise ValueError(f"checkpoint {path} belongs to another run: {', '.join(different)} differ{'s' if len(different) == 1 else ''}; delete it or give another file")
     with torch.no_grad():
         for n, p in learner.named_parameters():
             p.copy_(state[f'param.{n}'])

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections import OrderedDict
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -363,3 +364,10 @@ def test_fingerprint(mine, monkeypatch):
         assert mine.fingerprint == mine.to('cpu').fingerprint == mine.to(torch.float32).fingerprint == first
     other = mine.to(dtype=torch.bfloat16).fingerprint
     assert other != first and other == mine.to(dtype=torch.float32).fingerprint
+
+
+@pytest.mark.parametrize('pretrained', ['openai', 'random', Path('weights.safetensors')])
+def test_picto_clip_has_its_own_weights(pretrained):
+    "Others would be ignored, and recorded as if they had been used"
+    with pytest.raises(ValueError) as e: load_backbone('picto-clip', pretrained)
+    one_line(e, 'picto-clip', str(pretrained), '--pretrained', '--backbone')

@@ -12,6 +12,7 @@ import warnings
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from clipprompt import backbone as backbone_module
@@ -289,13 +290,16 @@ def test_no_prompt_file(prompts, tmp_path, make, says):
     refused('info', path, says=says)
 
 
+def edited(path, to, **change):
+    "A prompt file that says something else of itself; None takes it out"
+    with safe_open(path, 'pt') as f: meta = f.metadata()
+    save_file(load_file(path), to, {k: v for k, v in (meta | {k: json.dumps(v) for k, v in change.items()}).items() if v != 'null'})
+
+
 @pytest.mark.parametrize('change', [dict(hparams={'n_ctx': 3}), dict(hparams={'size': 1}), dict(classnames=None), dict(method=None)], ids='shape hparams classnames method'.split())
 def test_prompt_file_of_another_version(prompts, photos, tmp_path, change):
     "Right format, wrong inside: edited by hand, or written by a later version"
-    from safetensors import safe_open
-    with safe_open(prompts/'coop.safetensors', 'pt') as f: meta = f.metadata()
-    meta = {k: v for k, v in (meta | {k: json.dumps(v) for k, v in change.items()}).items() if v != 'null'}
-    save_file(load_file(prompts/'coop.safetensors'), tmp_path/'p.safetensors', meta)
+    edited(prompts/'coop.safetensors', tmp_path/'p.safetensors', **change)
     refused('predict', tmp_path/'p.safetensors', photos/'disc'/'0.png', says=['p.safetensors'])
 
 
@@ -309,6 +313,12 @@ def test_prompts_of_another_backbone(clip, picto, photos, tmp_path):
     with pytest.raises(ValueError) as e: load_prompts(tmp_path/'p.safetensors', picto)
     one_line(e, 'tiny-0', 'picto-clip', clip.fingerprint, picto.fingerprint, 'load that backbone')
     refused('predict', tmp_path/'p.safetensors', photos/'disc'/'0.png', says=['p.safetensors was trained on tiny-0', 'unknown backbone'])
+
+
+def test_prompts_whose_weights_were_a_file(prompts, photos, tmp_path):
+    "A name is no path: where the file lies now must be said"
+    edited(prompts/'coop.safetensors', tmp_path/'p.safetensors', backbone='ViT-L-14-336/mine')
+    refused('predict', tmp_path/'p.safetensors', photos/'disc'/'0.png', says=['p.safetensors was trained on ViT-L-14-336/mine', "'mine' is neither", 'with --pretrained'])
 
 
 # ---- class names and prompts ---------------------------------------------------------------------------------------
@@ -449,7 +459,7 @@ def test_checkpoint_is_checked_before_the_first_epoch(photos, barred, tmp_path, 
 @pytest.mark.parametrize('command', ['train', 'evaluate'])
 def test_root_that_is_not_there(prompts, tmp_path, command):
     args = [prompts/'coop.safetensors'] if command == 'evaluate' else []
-    refused(command, *args, 'photos', '--root', tmp_path/'gone', says=['gone', 'check the path'])
+    refused(command, *args, 'eurosat', '--root', tmp_path/'gone', says=['gone', '--root'])
 
 
 # ---- the command itself --------------------------------------------------------------------------------------------

@@ -93,6 +93,51 @@ def test_quick_on_the_shipped_pictures(tmp_path, monkeypatch):
     assert all(m in r.out for m in METHODS) and 'pixels' in r.out
 
 
+def test_quick_fills_only_what_is_not_given(photos, tmp_path):
+    works('compare', '--task', photos, '--methods', 'zero-shot,coop', '--quick', '--shots', '3', '--seeds', '4', '--out', tmp_path)
+    rows = results(tmp_path)
+    assert rows.shots.tolist() == [3, 3] and rows.seed.tolist() == [4, 4] and json.loads(rows.recipe[1])['epochs'] == 2
+
+
+def test_weights_that_nobody_would_read_are_refused(photos, prompts_of_picto, tmp_path):
+    says = ['picto-clip has weights of its own', '--pretrained', '--backbone']
+    for command in (('compare', '--out', tmp_path/'out'), ('sweep', '--out', tmp_path/'out'), ('train', photos, '--out', tmp_path/'p')): refused(*command, '--pretrained', 'openai', says=says)
+    for command in (('evaluate', prompts_of_picto, photos), ('predict', prompts_of_picto, photos)): refused(*command, '--pretrained', 'openai', says=['prompts was trained on picto-clip', *says])
+    assert not (tmp_path/'p').exists() and not list(tmp_path.glob('out/records/*'))
+
+
+@pytest.fixture
+def prompts_of_picto(photos, tmp_path):
+    works('train', photos, '--shots', 2, '--epochs', 1, '--out', tmp_path/'prompts')
+    return tmp_path/'prompts'
+
+
+def test_one_name_for_data_in_all_commands(photos, tmp_path):
+    "DOMAIN, NAME/DOMAIN and TABLE/DOMAIN, where compare takes them, train and evaluate do"
+    rows = [f'{p},{p.parent.name},{"ab"[i % 2]}' for i, p in enumerate(sorted(photos.glob('*/*.png')))]
+    (tmp_path/'t.csv').write_text('\n'.join(['path,label,domain', *rows]))
+    short = '--shots', 2, '--epochs', 1, '--out', tmp_path/'p'
+    twice = lambda *forms: len({works('train', *f, *short).out for f in forms}) == 1
+    assert twice([tmp_path/'t.csv', '--task', 'b'], [tmp_path/'t.csv'/'b']) and twice([tmp_path/'t.csv', '--task', 'b', '--sources', 'rest'], [tmp_path/'t.csv'/'b', '--sources', 'a'])
+    assert '12 test pictures' in works('train', tmp_path/'t.csv'/'b', '--sources', 'rest', *short).out
+    assert len({works('evaluate', tmp_path/'p', *f).out for f in (['edges'], ['pictograms/edges'], ['pictograms', '--task', 'edges'])}) == 1
+    refused('train', 'edges', '--task', 'icons', says=["'edges' names a domain already", '--task'])
+    refused('train', tmp_path/'t.csv'/'c', says=["'c'", 'a, b'])
+    refused('evaluate', tmp_path/'p', 'nofolder', says=["unknown data 'nofolder'", 'no such folder'])
+    refused('compare', '--task', 'nofolder', says=["unknown data 'nofolder'", 'no such folder'])
+
+
+def test_a_wrong_select_is_refused_where_nothing_is_trained(photos, tmp_path):
+    refused('compare', '--task', photos, '--methods', 'zero-shot', '--shots', '1', '--select', 'frist', '--out', tmp_path, says=["unknown select 'frist'", 'best_on_test'])
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no such modes')
+def test_others_may_read_what_we_write(photos, tmp_path, prompts_of_picto):
+    "As far as the user's umask lets them"
+    (tmp_path/'plain').touch()
+    assert prompts_of_picto.stat().st_mode == (tmp_path/'plain').stat().st_mode
+
+
 def test_few_shot_curve(photos, tmp_path):
     works('compare', '--task', photos, '--methods', 'zero-shot,linear-probe', '--protocol', 'few-shot', '--shots', '1,3', '--seeds', '3', '--out', tmp_path)
     rows = results(tmp_path)
@@ -175,8 +220,9 @@ def test_only_what_is_missing_runs(photos, tmp_path, monkeypatch):
 @pytest.mark.parametrize('text', ['', 'method,seed\ncoop,1\n', '\0\0,"'])
 def test_a_strange_results_file_is_not_overwritten(photos, tmp_path, text):
     (tmp_path/'results.csv').write_text(text)
-    refused('compare', '--task', photos, '--methods', 'zero-shot', '--shots', '1', '--out', tmp_path, says=['results.csv', 'remove it or choose another folder'])
-    assert (tmp_path/'results.csv').read_text() == text
+    refused('compare', '--task', photos, '--methods', 'zero-shot', '--shots', '1', '--out', tmp_path, says=['results.csv', 'move it away or choose another folder'])
+    refused('sweep', '--task', photos, '--methods', 'zero-shot', '--shots', '1', '--out', tmp_path, says=['results.csv', 'move it away or choose another folder'])
+    assert (tmp_path/'results.csv').read_text() == text and not list(tmp_path.glob('records/*'))
 
 
 def test_transfer_and_unseen_domains(tmp_path, monkeypatch):
@@ -352,13 +398,6 @@ def test_train_tracks_and_goes_on(photos, tmp_path):
         assert [p.name for p in (tmp_path/f'{method}-run').iterdir()] == ['checkpoint.safetensors']
         read = EventAccumulator(str(tmp_path/method)).Reload()
         assert sorted(read.Tags()['scalars']) == ['learning_rate', 'loss'] and [e.step for e in read.Scalars('loss')] == [1, 2, 3]
-
-
-@pytest.mark.parametrize('command', ['train', 'evaluate'])
-def test_root_is_handed_on(command, photos, coop, tmp_path):
-    "A data set that is not shipped is looked for where --root says"
-    if command == 'train': works('train', photos.name, '--root', photos.parent, '--shots', 1, '--epochs', 1, '--out', tmp_path/'p')
-    else: assert works('evaluate', coop, photos.name, '--root', photos.parent).out == works('evaluate', coop, photos).out
 
 
 def test_info_about_prompts(trained):

@@ -705,7 +705,7 @@ def test_broken_pictures_of_a_table(folder):
 
 R = ROWS
 @pytest.mark.parametrize('header,rows,says', [
-    ('path,label', [], ['lists no pictures', 'path,label']), ('', [], ['lists no pictures']), ('file,label', R, ["no column 'path'", 'file, label']), ('path;label', [r.replace(',', ';') for r in R], ["no column 'path'"]),
+    ('path,label', [], ['lists no pictures', 'path,label']), ('', [], ['lists no pictures']), ('file,label', R, ["no column 'path'", 'file, label']), ('path;label', [r.replace(',', ';') for r in R], ["no column 'path'", 'with commas between']),
     ('path,class', R, ["no column 'label'"]), ('path,label,label', [f'{r},x' for r in R], ['two columns of the same name']), ('path,label', [*R[:3], 'cat/03.png'], ['line 5', '1 cells under 2']),
     ('path,label', [*R, 'cat/03.png,cat,x'], ['line 20', '3 cells']), ('path,label', ['cat/03.png,', *R], ['line 2', 'no label']), ('path,label', [',cat', *R], ['line 2', 'no path']),
     ('path,label', ['../pets/cat/03.png,cat', *R], ['line 2', 'leaves the folder', 'absolute']), ('path,label', ['cat/../eel/03.png,cat', *R], ['leaves the folder']), ('path,label', ['a\\..\\b.png,cat', *R], ['leaves']),

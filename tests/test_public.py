@@ -26,7 +26,7 @@ from scipy.io import savemat
 from clipprompt import data as data_module
 from clipprompt.data import PUBLIC, TASKS, TEMPLATES, DataError, DataNotFound, join, load_dataset, test_transform
 from clipprompt.prompts import clean_names
-from helpers import one_line
+from helpers import one_line, refused, works
 
 REPO = Path(__file__).resolve().parents[1]
 SHELF = next((p for p in (Path(os.environ.get('CLIPPROMPT_DATA') or '/nowhere'), REPO.parent/'shared'/'datasets') if (p/'caltech101.tar').is_file()), None)
@@ -234,6 +234,16 @@ def test_each_reader(shelf, name, task):
     assert again.fingerprint == data.fingerprint and again.train == data.train and again.val == data.val
     few = data.few_shot(1, allow_fewer=True)
     assert few.origin == expected and (len(few.classnames) < 4 or few.base().origin == expected == few.new().origin)
+
+
+def test_root_is_handed_on(shelf, tmp_path):
+    "From the shell, whole sets and single domains"
+    for name in ('eurosat', 'pacs/sketch'):
+        root = shelf[name.partition('/')[0]]
+        works('train', name, '--root', root, '--epochs', 1, '--out', tmp_path/'p')
+        assert f'on {load_dataset(*name.split("/"), root=root)}:' in works('evaluate', tmp_path/'p', name, '--root', root).out
+    refused('evaluate', tmp_path/'p', 'pacs', '--root', shelf['pacs'], says=['in a shell pacs/'])
+    refused('compare', '--task', 'pacs', '--root', shelf['pacs'], says=['pacs/'])
 
 
 @differs

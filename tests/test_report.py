@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 
 from clipprompt.learner import Recipe
 from clipprompt.protocols import pack_hits, unpack_hits
-from clipprompt.report import METHODS, budget, colour, paired, ranks
+from clipprompt.report import METHODS, budget, colour, paired, plot, ranks
 from helpers import one_line
 
 
@@ -73,3 +73,12 @@ def test_every_budget_follows_the_rule(name):
 def test_each_method_has_a_colour_of_its_own():
     colours = [colour(m) for m in METHODS]
     assert len(set(colours)) == len(colours) and all(len(c) == 7 for c in colours) and colour('unknown') not in colours
+
+
+def test_several_shots_make_a_curve():
+    "One line per method through its means over seeds; with one number of shots a dot per seed"
+    rows = pd.DataFrame([dict(task='t', method=m, shots=k, seed=s, accuracy=10*k+s) for m in ('coop', 'vpt') for k in (1, 2, 4) for s in (1, 2)])
+    ax = plot(rows).axes[0]
+    assert [l.get_label() for l in ax.lines] == ['coop', 'vpt'] and all(l.get_xdata().tolist() == [1, 2, 4] and l.get_ydata().tolist() == [11.5, 21.5, 41.5] for l in ax.lines) and ax.get_xscale() == 'log'
+    ax = plot(rows[rows.shots == 2]).axes[0]
+    assert ax.get_title(loc='left') == 't, 2 shots: accuracy' and sorted(ax.lines[0].get_xdata().tolist()) == [21, 22] and ax.lines[1].get_xdata()[0] == 21.5

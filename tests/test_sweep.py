@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -118,7 +119,7 @@ def test_a_damaged_record_is_named(runs, whole, tmp_path):
     path = next((tmp_path/'records').glob('*.json'))
     path.write_text(path.read_text()[:100])
     with pytest.raises(ValueError) as e: sweep(runs[:1], tmp_path, progress=False)
-    one_line(e, path.name, 'damaged', 'delete it')
+    one_line(e, path.name, 'damaged', 'move it away')
 
 
 # ---- others at work, and killed ------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ def test_what_changed_is_named(rec, photos, spoil, says):
     one_line(e, *says)
 
 
-@pytest.mark.parametrize('name,text,says', [('r.json', '{"method": "coop"', ['r.json', 'damaged', 'delete it']), ('r.json', '[1, 2]', ['r.json', 'no record']), ('r.json', '{"method": "coop"}', ['r.json', 'no record', 'missing']),
+@pytest.mark.parametrize('name,text,says', [('r.json', '{"method": "coop"', ['r.json', 'damaged', 'move it away']), ('r.json', '[1, 2]', ['r.json', 'no record']), ('r.json', '{"method": "coop"}', ['r.json', 'no record', 'missing']),
                                             ('r.json', '\x00\x01', ['r.json', 'damaged']), ('r.csv', '', ['r.csv', 'cannot be read']), ('r.csv', 'a,b\n1,2\n', ['r.csv', 'not written by this version']),
                                             ('r.csv', 'run,method\nx,coop\nx,coop\n', ['r.csv', 'not written by this version']), ('r.csv', 'run,method\nx,coop\n', ['r.csv', 'no record', 'missing'])])
 def test_records_that_are_none(tmp_path, name, text, says):
@@ -352,10 +353,30 @@ def test_ray_is_not_asked_for_what_it_has_not(monkeypatch, tmp_path):
     fake = types.SimpleNamespace(is_initialized=lambda: True, nodes=lambda: [dict(Alive=True, Resources=dict(CPU=2.))], remote=None)
     monkeypatch.setitem(sys.modules, 'ray', fake)
     with pytest.raises(ValueError) as e: sweep([Run('zero-shot')], tmp_path, 'ray', gpus=.25, progress=False)
-    one_line(e, '0.25 GPUs', '--gpus')
+    one_line(e, 'gpus=0.25', '--gpus')
     fake.nodes = lambda: [dict(Alive=True, Resources=dict(CPU=2., GPU=1.))]
     with pytest.raises(ValueError) as e: sweep([Run('zero-shot')], tmp_path, 'ray', progress=False)
     one_line(e, 'has GPUs', '--gpus')
+
+
+@pytest.mark.parametrize('error', [ConnectionError('no GCS at this address\nwithin 60 s'), ValueError('malformed'), RuntimeError('version mismatch')])
+def test_a_cluster_that_does_not_answer(error, monkeypatch, tmp_path):
+    def init(**_): raise error
+    monkeypatch.setitem(sys.modules, 'ray', types.SimpleNamespace(is_initialized=lambda: False, init=init))
+    def join(address):
+        with pytest.raises(ValueError) as e: sweep([Run('zero-shot')], tmp_path, 'ray', address=address, progress=False)
+        return e
+    with socket.create_server(('127.0.0.1', 0)) as somebody:
+        address = f'127.0.0.1:{somebody.getsockname()[1]}'
+        for a in (address, f'ray://{address}', 'auto', None): one_line(join(a), f"'{a or 'local'}'", type(error).__name__, str(error).split()[0], '--ray local')
+    one_line(join(address), f"'{address}'", 'ConnectionRefusedError', '--ray local')                    # nobody: Ray is not even asked
+
+
+def test_order_is_that_of_the_list(runs, tmp_path, monkeypatch):
+    "not that in which workers finish"
+    some, here = [r for r in runs if r.method == 'zero-shot'], sweep_module._here
+    monkeypatch.setattr(sweep_module, '_here', lambda todo, *args, **kwargs: here(todo[::-1], *args, **kwargs))
+    assert [(r['protocol'], r['seed']) for r in sweep(some, tmp_path, progress=False).records] == [(r.protocol, r.seed) for r in some]
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
@@ -370,6 +391,25 @@ def test_sweep_from_a_shell(photos, tmp_path):
     said = works('rerun', tmp_path/'results.csv', '--run', rows.run[1][:8], '--out', tmp_path/'again.csv')
     assert 'now' in said.out and '(' not in said.out and pd.read_csv(tmp_path/'again.csv').run[0] == rows.run[1]
     works('rerun', tmp_path/'records'/f'{rows.run[0]}.json')
+    assert {r['run'] for r in read_records(tmp_path)} == set(rows.run)                              # the folder stands for its records
+    works('rerun', tmp_path, '--run', rows.run[0])
+
+
+def test_compare_and_sweep_in_one_folder(photos, tmp_path):
+    "Neither takes the other's rows away"
+    args = ['--task', photos, '--protocol', 'few-shot', '--shots', '2', '--seeds', '1', '--out', tmp_path]
+    works('compare', '--methods', 'zero-shot', *args)
+    works('sweep', '--methods', 'linear-probe', *args)
+    works('compare', '--methods', 'zero-shot-best', *args)
+    assert pd.read_csv(tmp_path/'results.csv').method.tolist() == ['zero-shot', 'linear-probe', 'zero-shot-best']
+
+
+def test_an_empty_folder_holds_no_records(tmp_path):
+    refused('rerun', tmp_path, says=['no records', 'results.csv'])
+
+
+def test_shares_of_a_cluster_without_one():
+    for given in ('--gpus', '--cpus'): refused('sweep', '--methods', 'zero-shot', given, '1', says=['--ray local', given])
 
 
 def test_a_shell_is_told_what_failed(photos, tmp_path):
@@ -447,7 +487,7 @@ def test_a_domain_of_a_table_is_a_task(photos, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('args,says', [(('sweep', '--methods', 'copo'), ["unknown method 'copo'"]), (('sweep', '--shots', 'two'), ['whole numbers']), (('sweep', '--seeds', ','), ['--seeds', 'at least one']),
-                                       (('sweep', '--protocol', 'few'), ["unknown protocol 'few'"]), (('sweep', '--budget', 'big'), ["unknown budget 'big'"]), (('sweep', '--task', 'pixel', '--plan'), ["unknown task 'pixel'", 'pixels']),
+                                       (('sweep', '--protocol', 'few'), ["unknown protocol 'few'"]), (('sweep', '--budget', 'big'), ["unknown budget 'big'"]), (('sweep', '--task', 'pixel', '--plan'), ["unknown data 'pixel'", 'pixels']),
                                        (('rerun', 'nothing.json'), ['nothing.json', 'no records']), (('compare', '--budget', 'big'), ["unknown budget 'big'"]), (('compare', '--task', 'caltech102'), ['caltech102', 'did you mean', 'caltech101']),
                                        (('compare', '--protocol', 'domain', '--task', 'caltech101'), ['domain']), (('compare', '--protocol', 'cross', '--task', 'icons', '--targets', 'emojy'), ['emojy', 'emoji'])])
 def test_bad_arguments(args, says, tmp_path, monkeypatch):

@@ -28,7 +28,8 @@ def main():
     body = re.sub(r'\]\((?![a-z]+:|[#/])([^)\s#]+)(#[^)\s]*)?\)', from_root, body)
     for name, title in (('README.md', meta['title']), ('index.qmd', meta['title'] + ' {.unnumbered}')):
         intro = f'> {meta["description"]}\n\n' if meta.get('description') else ''
-        (ROOT/name).write_text(f'# {title}\n\n{intro}{MADE}\n\n{body}\n', encoding='utf-8')
+        page = body if name == 'index.qmd' else re.sub(r'(\.ipynb)#[^)\s]*\)', r'\1)', body)  # a bare notebook has no anchors
+        (ROOT/name).write_text(f'# {title}\n\n{intro}{MADE}\n\n{page}\n', encoding='utf-8')
 
 
 if __name__ == '__main__': main()
