@@ -94,7 +94,7 @@ class Golden:
                 errors |= self.error('new_class_logits', other(seen))
         return errors
 
-# %% ../nbs/08_check.ipynb #08-013
+# %% ../nbs/08_check.ipynb #08-018
 def small_clip(dtype:torch.dtype=torch.float64) -> Backbone:
     "A random CLIP, always the same: text tower of 3 blocks and width 24, image tower of 4 blocks and width 32"
     with torch.random.fork_rng(devices=[]):
@@ -105,7 +105,7 @@ def small_clip(dtype:torch.dtype=torch.float64) -> Backbone:
             if p.ndim == 1: p.data += .5*torch.randn_like(p)
     return clip.to('cpu', dtype)
 
-# %% ../nbs/08_check.ipynb #08-015
+# %% ../nbs/08_check.ipynb #08-020
 class ContractError(AssertionError):
     "A learner breaks a promise of the contract"
     def __init__(self, learner:str, check:str, seen:str):
@@ -136,7 +136,7 @@ def _seeded(seed:int=0):
         torch.manual_seed(seed)
         yield
 
-# %% ../nbs/08_check.ipynb #08-017
+# %% ../nbs/08_check.ipynb #08-022
 class _Trial:
     "A learner class with hyper-parameters, and something to try it on"
     names = ['camera', 'shopping_cart', 'key', 'umbrella', 'alarm clock', 'fork', 'bed']
@@ -179,7 +179,7 @@ class _Trial:
 def _values(module) -> dict[str, Tensor]: return {k: v.detach().clone() for k, v in module.state_dict().items()}
 def _differ(a:dict, b:dict) -> list[str]: return [k for k in {**a, **b} if k not in a or k not in b or not torch.equal(a[k], b[k])]
 
-# %% ../nbs/08_check.ipynb #08-019
+# %% ../nbs/08_check.ipynb #08-024
 def _rebuild(t):
     "`hparams` holds every argument of the constructor, as JSON can write it, and builds the same learner again"
     changed = dict(seed=3) if 'seed' in t.takes else {}
@@ -190,7 +190,7 @@ def _rebuild(t):
     again = t.cls(t.clip, t.names, **json.loads(json.dumps(learner.hparams))).to(t.clip.dtype)
     _must(not (d := _differ(_values(learner), _values(again))), f'built again from hparams, {", ".join(d)} differ', 'let the start depend on hparams alone')
 
-# %% ../nbs/08_check.ipynb #08-021
+# %% ../nbs/08_check.ipynb #08-026
 def _parameters(t):
     "The parameters are exactly what is trained: none is CLIP's, each requires a gradient, and `state_dict` holds nothing else"
     learner, clip = t.make(), t.clip.model
@@ -210,7 +210,7 @@ def _class_list(t):
     a, b = ({k: v.shape for k, v in t.make(names).state_dict().items()} for names in (t.names, t.others))
     _must(a == b, f"with other classes the shape of {', '.join(k for k in a if a[k] != b.get(k))} changes", 'set transfers = False, or learn what all classes share')
 
-# %% ../nbs/08_check.ipynb #08-023
+# %% ../nbs/08_check.ipynb #08-028
 def _random_state(t):
     "Building and predicting leave the generators of torch, Python and NumPy alone"
     torch.rand(1), random.random(), np.random.rand()     # leave the states that a seed of 0 gives
@@ -234,7 +234,7 @@ def _seed(t):
     used = [k for k, v in _generators().items() if v != before[k]]
     _must(not used, f"training uses {' and '.join(used)}'s global generator", "use torch's, which `fit` seeds in each epoch")
 
-# %% ../nbs/08_check.ipynb #08-025
+# %% ../nbs/08_check.ipynb #08-030
 def _logits(t):
     "Logits are [B, C], finite and in CLIP's precision, for one image too; features are unit rows"
     learner = t.make()
@@ -254,7 +254,7 @@ def _repeats(t):
     _must(torch.equal(first, t.logits(learner)), 'the same images get other logits the second time', 'draw noise in training only, or from a generator seeded anew in each call; keep no state between calls')
     _must(not (d := _differ(before, _values(learner))), f"predicting changes {', '.join(d)}", 'change parameters in training_step only')
 
-# %% ../nbs/08_check.ipynb #08-027
+# %% ../nbs/08_check.ipynb #08-032
 def _batch_independence(t):
     "Logits of an image do not depend on the images beside it, nor on its place among them"
     learner, perm = t.make(), [3, 0, 7, 1, 6, 2, 5, 4]
@@ -280,7 +280,7 @@ def _underscores(t):
     _must(a.classnames == b.classnames, f'classnames are {a.classnames}', 'leave names to the base class, and read self.classnames')
     _equal(t.logits(a), t.logits(b), "logits with 'shopping_cart' and 'shopping cart'", 'read self.classnames, not the argument')
 
-# %% ../nbs/08_check.ipynb #08-029
+# %% ../nbs/08_check.ipynb #08-034
 def _flags(t):
     "`learns_image` and `learns_text` say which features change with the parameters"
     learner = t.make()
@@ -306,7 +306,7 @@ def _features(t):
             bent = lambda logits, a, b: (logits(a)+logits(b)-logits(a+b)).abs().max() > 1e-9   # cosines with fixed class features add up
             _must(any(bent(t.make(moved=i).logits, f[:4], f[4:]) for i in range(1, 5)), 'class features are None but the same for all images', 'return them, so that evaluation computes them once')
 
-# %% ../nbs/08_check.ipynb #08-031
+# %% ../nbs/08_check.ipynb #08-036
 def _other_classes(t):
     "`for_classes` gives a copy of the prompts that shares no memory, and the same feature to a name both know; a ValueError where `transfers` is false"
     learner = t.make()
@@ -325,7 +325,7 @@ def _other_classes(t):
     if (a.mT.exp().sum(-1)-1).abs().max() > 1e-6:   # log-probabilities must change with the other classes
         _equal(b[..., to, :], a[..., at, :], 'features of a class among other classes', 'mix nothing over dimension C')
 
-# %% ../nbs/08_check.ipynb #08-033
+# %% ../nbs/08_check.ipynb #08-038
 def _fast_path(t):
     "The fast towers give the plain computation's logits, loss and gradients"
     learner, seen, cure = t.make(), [], 'compare `shared`, `slots` and `eot` of your sentences with those of `place`'
@@ -335,7 +335,7 @@ def _fast_path(t):
         seen.append([t.logits(learner), loss.detach(), *(g for g in (torch.autograd.grad(loss, params, allow_unused=True) if params else ()) if g is not None)])
     for what, a, b in zip(['logits', 'losses', *['gradients']*len(params)], *seen): _equal(b, a, f'{what} of the plain and the fast path', cure, 1e-7 if what == 'gradients' else 1e-9)
 
-# %% ../nbs/08_check.ipynb #08-035
+# %% ../nbs/08_check.ipynb #08-040
 def _leaves(loss:Tensor) -> list[Tensor]:
     "The tensors that `backward` would give a gradient"
     seen, todo = set(), [loss.grad_fn]
@@ -344,7 +344,7 @@ def _leaves(loss:Tensor) -> list[Tensor]:
         if f is not None and f not in seen: seen.add(f); todo += [g for g, _ in f.next_functions]
     return [f.variable for f in seen if hasattr(f, 'variable')]
 
-# %% ../nbs/08_check.ipynb #08-036
+# %% ../nbs/08_check.ipynb #08-041
 def _gradients(t):
     "The loss is a finite scalar whose gradient reaches every parameter and nothing else"
     if not list(t.make().parameters()): raise _Skip('it has no parameters')
@@ -361,7 +361,7 @@ def _gradients(t):
         if not silent: return
     _must(False, f"no gradient reaches {', '.join(sorted(silent))}", 'use it, or remove it; look for .detach(), .data and torch.no_grad()')
 
-# %% ../nbs/08_check.ipynb #08-038
+# %% ../nbs/08_check.ipynb #08-043
 def _finite_differences(t):
     "The gradient is the slope of the loss, along itself and in random directions"
     if not (params := list((learner := t.make()).parameters())): raise _Skip('it has no parameters')
@@ -376,7 +376,7 @@ def _finite_differences(t):
         gap = abs((at(h, d)-at(-h, d))/(2*h)-slope).item()/(length(grads)*length(d)).item()
         _must(gap < 1e-5, f'gradient and finite differences differ by {gap:.0e} of the gradient', 'look for .detach(), .data, torch.no_grad() or a backward of your own')
 
-# %% ../nbs/08_check.ipynb #08-039
+# %% ../nbs/08_check.ipynb #08-044
 def _frozen(t):
     "Three steps of training leave every weight of CLIP as it was, frozen and in eval mode"
     learner = t.make().train()
@@ -402,7 +402,7 @@ def _training_step(t):
     (fresh := t.make(moved=0)).load_state_dict(learner.state_dict())
     _must(t.loss(fresh) == t.loss(learner), 'a new learner with the trained parameters has another loss', 'keep no other state, so that training can resume: no running means, no counters, no generator that goes on')
 
-# %% ../nbs/08_check.ipynb #08-041
+# %% ../nbs/08_check.ipynb #08-046
 def _learns(t):
     "Ten steps (or `solve`) on one batch lower the loss, and the cross-entropy of the predictions"
     if not list(t.make().parameters()): raise _Skip('it has no parameters')
@@ -428,7 +428,7 @@ def _not_finite(t):
     d = _differ(before, {k: v.nan_to_num(7.) for k, v in _values(learner).items()})
     _must(not d, f"a step with a NaN changes {', '.join(d)}", 'look at the loss before optimizer.step()')
 
-# %% ../nbs/08_check.ipynb #08-042
+# %% ../nbs/08_check.ipynb #08-047
 def _half_precision(t):
     "With the towers in bf16 the loss stays close, parameters and gradients stay float32"
     clip = small_clip(torch.float32)
@@ -444,7 +444,7 @@ def _half_precision(t):
         kinds = {str(v.dtype)[6:] for v in (loss, *params, *grads)}
         _must(kinds == {'float32'}, f"loss, parameters and gradients in bf16 are {' and '.join(sorted(kinds))}", 'cast nothing by hand; the towers return float32')
 
-# %% ../nbs/08_check.ipynb #08-044
+# %% ../nbs/08_check.ipynb #08-049
 def _save_and_load(t):
     "A file holds the parameters and nothing else, says what it is, and gives the same logits bit by bit"
     clip, x = small_clip(torch.float32), t.images.float()
@@ -461,7 +461,7 @@ def _save_and_load(t):
     _must(torch.equal(t.logits(again, x), t.logits(learner, x)), 'logits change by saving and loading', 'compute from the parameters in each call, not in the constructor')
     if learner.transfers: _must(torch.equal(t.logits(again.for_classes(t.others), x), t.logits(learner.for_classes(t.others), x)), 'logits of other classes change by saving and loading', 'let for_classes use what is saved')
 
-# %% ../nbs/08_check.ipynb #08-046
+# %% ../nbs/08_check.ipynb #08-051
 def _recipe(t):
     "`recipe` gives a Recipe with its source for each setting"
     t.learner()
@@ -491,7 +491,7 @@ def _bad_input(t):
         columns = t.cls(t.clip, [*t.names, t.names[0]], **t.hparams).to(t.clip.dtype)(t.images).shape[1]
     _must(columns == len(t.names)+1, f'{len(t.names)+1} class names, one of them given twice, get {columns} logits', 'keep a column for each name')
 
-# %% ../nbs/08_check.ipynb #08-048
+# %% ../nbs/08_check.ipynb #08-053
 _ALL = [_logits, _random_state, _rebuild, _parameters, _class_list, _repeats, _gradients, _finite_differences, _fast_path, _frozen, _seed, _batch_independence, _class_order, _underscores,
         _flags, _features, _other_classes, _training_step, _learns, _not_finite, _half_precision, _save_and_load, _recipe, _bad_input]
 CHECKS = {f.__name__[1:].replace('_', ' '): f for f in _ALL}   # name -> check; the docstring is the promise
