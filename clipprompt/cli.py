@@ -123,8 +123,8 @@ def compare_command(
     names, tasks = _list(methods, what='methods'), TASKS if task == 'all' else _list(task, what='task')
     seeds_, shots_ = _list(seeds, int, 'seeds'), None if shots is None else _list(shots, int, 'shots')
     for m in names: find_method(m, budget)
-    backbone = load_backbone(model, pretrained, precision=precision, cache=cache or out_dir/'features')
-    err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, {shots or 'default'} shots, seeds {seeds}; budget: " + (_budgets(names, epochs, budget, protocol_name, shots_ or [usual_shots(protocol_name)], tasks[0].partition('/')[0]) or 'nothing to train'))
+    backbone, told = load_backbone(model, pretrained, precision=precision, cache=cache or out_dir/'features'), shots_ or [usual_shots(protocol_name)]
+    err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, shots {','.join(map(str, told))}, seeds {seeds}; budget: " + (_budgets(names, epochs, budget, protocol_name, told, tasks[0].partition('/')[0]) or 'nothing to train'))
     rows = compare(names, seeds_, shots_, protocol_name, tasks, backbone, epochs, select, out_dir, skip_broken=skip_broken, root=root, targets=_list(targets, what='targets') if targets else (), budget=budget)
     _show(table(rows))
     plot(rows).savefig(out_dir/'compare.png')
@@ -183,7 +183,7 @@ def rerun_command(
     path:Annotated[Path, typer.Argument(help='a record (.json), a results.csv, or the folder of a comparison or a sweep')],
     run:Annotated[str|None, typer.Option(help='which of several: the first digits of its run')]=None,
     root:Root=None, pretrained:Weights=None,
-    out_file:Annotated[Path|None, typer.Option('--out', help='write the new record here, as a table of one row')]=None,
+    out_file:Annotated[Path|None, typer.Option('--out', help='add the new record to this table (.csv)')]=None,
 ):
     """Run a row of a table again, from what it says about itself, and compare.
 
@@ -192,9 +192,9 @@ def rerun_command(
     clipprompt rerun clipprompt-results/results.csv --run 9aeee
     """
     if out_file: check_writable(out_file)
-    known = read_records(path)
+    known, before = read_records(path), known_runs(out_file) if out_file else {}
     found = [r for r in known if r['run'].startswith(run or '')]
-    if len(found) != 1: raise ValueError(f"{path} holds {len(known)} records, {len(found)} of them {f'begin with {run}' if run else 'to choose from'}; name one with --run, for example --run {known[0]['run'][:6] if known else '9aeee1'}")
+    if len(found) != 1: raise ValueError(f"{path} holds {len(known)} records, {len(found)} of them {f'begin with {run}' if run else 'to choose from'}; name one with --run, as column run of results.csv has it, for example --run {known[0]['run'][:6] if known else '9aeee1'}")
     rec = found[0]
     err.print(f"{rec['method']}, {rec['protocol']}, {rec['task']}, {rec['shots']} shots, seed {rec['seed']}, made {rec.get('made') or 'earlier'} on {rec.get('device')} with clipprompt {rec.get('version')}")
     new = rerun(rec, find_method(rec['method']).cls, root, pretrained, progress=True)
@@ -202,7 +202,9 @@ def rerun_command(
         if new[k] == new[k]: out.print(f"{k}: {rec[k]:.2f} then, {new[k]:.2f} now{'' if abs(new[k]-rec[k]) < 1e-3 else f' ({new[k]-rec[k]:+.2f})'}")
     for what in ('version', 'device', 'torch'):
         if rec.get(what) != new[what]: out.print(f"{what}: {rec.get(what)} then, {new[what]} now")
-    if out_file: write_table(out_file, [new])
+    if out_file:
+        write_table(out_file, ({new['run']: new} | before).values())                                       # what a table says already, stays
+        out.print(f'wrote {out_file}')
 
 # %% ../nbs/40_cli.ipynb #40-019
 class Classes(str, Enum): all, base, new = 'all', 'base', 'new'
@@ -213,6 +215,10 @@ Which = Annotated[Classes, typer.Option(help='all classes, or the base or new ha
 Sources = Annotated[str|None, typer.Option(help="train on these domains, comma-separated, or 'rest', and test on the one named")]
 Skip = Annotated[bool, typer.Option('--skip-broken', help='leave unreadable images out instead of stopping')]
 Prompts = Annotated[str, typer.Argument(help="file from `clipprompt train`, or hf://user/name\\[@revision] from the Hugging Face hub")]
+
+def _spare(out_file:Path, *needed:Path):
+    "Nothing that the command reads is written over"
+    if out_file.resolve() in {p.expanduser().resolve() for p in needed}: raise ValueError(f'--out {out_file} is a file that this command reads; choose another name')
 
 def _data(text:str, task:str|None, classes:Classes, shots:int|None=None, seed:int=1, skip_broken:bool=False, root:Path|None=None, sources:str|None=None) -> DataSet:
     name, part = split_name(text)
@@ -244,12 +250,16 @@ def train(
     clipprompt train photos/ --out photos.safetensors
     clipprompt train photos.csv/sketch --sources rest
     """
+    _spare(out_file, *([Path(checkpoint)] if checkpoint else []))
+    try: out_file.is_file() and read_prompts(out_file)               # older prompts may go, and nothing else
+    except ValueError: raise ValueError(f'--out {out_file} is there and holds no prompts; choose another name') from None
     check_writable(out_file)
     find_method(method, budget)
     backbone, pictures = load_backbone(model, pretrained, precision=precision, cache=cache), _data(data, task, classes, shots, seed, skip_broken, root, sources)
     like = 'domain' if sources else 'base-to-new' if classes is Classes.base else 'few-shot', shots or 16, pictures.name
     recipe = (m := find_method(method, budget, *like)).planned(*like)
     if recipe and epochs: recipe = replace(recipe, epochs=epochs)
+    if not recipe and (epochs or checkpoint or tracker): err.print(f'warning: {method} is not trained in epochs, so --epochs, --checkpoint and --tracker do nothing')
     learner = m.train(backbone, pictures, seed, recipe, checkpoint, progress=True, tracker=tracker)
     learner.save(out_file)
     out.print(f'{method} on {pictures}: test accuracy {evaluate(learner, pictures).accuracy:.1f} %; wrote {out_file}')
@@ -375,6 +385,7 @@ def predict(
     """
     if out_file: check_writable(out_file)
     names, paths, file = None if classes is None else _names(classes), _images(images), local_prompts(prompts)
+    if out_file: _spare(out_file, file, *paths)
     learner = load_prompts(file, _backbone_of(file, pretrained, precision, told=prompts))
     if names is not None: learner = learner.for_classes(names)
     rows, now = [], form is Format.text and not out_file           # text appears batch by batch
@@ -421,7 +432,7 @@ def info(prompts:Annotated[Path|None, typer.Argument(help='a prompt file to desc
     """
     if prompts:
         meta, state = read_prompts(prompts)
-        for k, v in meta.items(): out.print(f'{k}: {v if not isinstance(v, list) else ", ".join(map(str, v))}')
+        for k, v in sorted(meta.items()): out.print(f'{k}: {v if not isinstance(v, list) else ", ".join(map(str, v))}')
         out.print('parameters: ' + ', '.join(f'{k} {list(v.shape)}' for k, v in state.items()))
         return
     out.print(f'clipprompt {__version__}, torch {torch.__version__}, {"CUDA" if torch.cuda.is_available() else "CPU"}')

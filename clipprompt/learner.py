@@ -51,8 +51,10 @@ def remove_leftovers(path:str|Path):
 def check_writable(path:str|Path):
     "Raise now what `write_safely` would raise later"
     if Path(path).is_dir(): raise IsADirectoryError(f'cannot write {path} (it is a folder); choose a file name')
-    write_safely(Path(path).with_name(f'.{Path(path).name}.check'), lambda tmp: tmp.touch())
-    Path(path).with_name(f'.{Path(path).name}.check').unlink(missing_ok=True)                 # another process may ask at the same moment
+    check = Path(path).with_name(f'.{Path(path).name}.check')
+    try: write_safely(check, lambda tmp: tmp.touch())
+    except OSError as e: raise OSError(str(e).replace(check.name, Path(path).name)) from None
+    check.unlink(missing_ok=True)                 # another process may ask at the same moment
 
 # %% ../nbs/05_learner.ipynb #05-009
 def _sum(tensors:dict[str, Tensor]) -> str: # 16 hex digits
@@ -286,7 +288,7 @@ def read_prompts(path:str|Path) -> tuple[dict, dict[str, Tensor]]:
             state = {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError: raise ValueError(f'{path} is no intact safetensors file: truncated, or of another format; pickles (.pt, .pth) are never loaded because loading one runs its code') from None
     except json.JSONDecodeError: meta = {}
-    if meta.get('format') != 'clipprompt 1': raise ValueError(f'{path} is a safetensors file but was not written by clipprompt; use a file from PromptLearner.save')
+    if meta.get('format') != 'clipprompt 1': raise ValueError(f"{path} is a safetensors file but holds no prompts{', it is a checkpoint' if 'run' in meta else ''}; use the file that `clipprompt train` or `save` wrote")
     if missing := {'version', 'method', 'hparams', 'classnames', 'backbone', 'fingerprint'} - meta.keys(): raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; train again")
     return meta, state
 

@@ -112,7 +112,7 @@ def clean_names(classnames) -> list[str]:
     "Underscores to spaces; an empty list or an empty name is a ValueError, a name given twice a warning"
     names = [str(c).replace('_', ' ').strip() for c in classnames]
     if not names: raise ValueError('no class names: give at least one')
-    if '' in names: raise ValueError(f'class name number {names.index("")} is empty; name every class (folder names become class names)')
+    if '' in names: raise ValueError(f'class name number {names.index("")+1} is empty; name every class (folder names become class names)')
     if twice := [n[:40] for n, k in Counter(names).items() if k > 1]:
         more = f' and {len(twice)-5} more' if twice[5:] else ''
         warnings.warn(f"given to several classes, which cannot be told apart: {', '.join(map(repr, twice[:5]))}{more}; give every class a name of its own (underscores count as spaces)", stacklevel=2)

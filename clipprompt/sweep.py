@@ -55,6 +55,7 @@ def grid(
         if isinstance(given, str) or not len(given): raise ValueError(f'{what} must be a list with at least one entry, not {given!r}')
     for m in methods: find_method(m, same.get('budget', 'book'))
     for p in protocols: protocol(p)
+    if same.get('targets') and 'cross' not in protocols: raise ValueError(f"only protocol 'cross' has targets, and it is not among {', '.join(protocols)}; leave them out (--targets), or add it")
     there = {k: _whole(same[k]) for k in ('root', 'pretrained') if same.get(k)} | dict(targets=[_whole(t) for t in same.get('targets', ())])
     if root := there.get('root') or os.environ.get('CLIPPROMPT_DATA'): there['root'] = str(Path(root).expanduser().absolute())
     return list(dict.fromkeys(Run(m, _whole(t), p, k, s, **same | there) for t, p in product(tasks, protocols) for k, s, m in product(shots or [usual_shots(p)], seeds, methods)))
@@ -201,7 +202,7 @@ def sweep(
                 if state == 'done': done[run] = said
                 else: failed[run] = said
                 _tell(out, run, said if state == 'failed' else None)
-                bar.update(); bar.set_postfix(failed=len(failed), last=str(run)[:40], refresh=False)
+                bar.update(); bar.set_postfix(failed=len(failed), last=str(run)[-40:], refresh=False)
             todo = busy
             if busy: time.sleep(patience)
     return Swept([r for path in dict.fromkeys(done[run] for run in runs if run in done) for r in read_records(path)], failed)

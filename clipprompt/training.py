@@ -192,10 +192,11 @@ def _resume(path, learner, optimizer, run) -> tuple[list[float], list[float], di
     if not Path(path).is_file(): return [], [], {}
     try:
         with safe_open(path, 'pt') as f: meta, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise ValueError(f'checkpoint {path} is damaged ({e}); delete it to start anew') from None
-    theirs = json.loads(meta.get('run', '{}'))
+    except SafetensorError as e: raise ValueError(f'checkpoint {path} is damaged, or no checkpoint ({e}); give another file, or delete it to start anew') from None
+    if 'run' not in meta: raise ValueError(f'{path} is no checkpoint; give another file')
+    theirs = json.loads(meta['run'])
     if different := [k for k in run if theirs.get(k) != json.loads(json.dumps(run[k]))]:
-        raise ValueError(f"checkpoint {path} belongs to another run: {', '.join(different)} differ{'s' if len(different) == 1 else ''}; delete it or give another file")
+        raise ValueError(f"checkpoint {path} belongs to another run: {', '.join(different)} differ{'s' if len(different) == 1 else ''}; give another file, or delete it")
     with torch.no_grad():
         for n, p in learner.named_parameters():
             p.copy_(state[f'param.{n}'])

@@ -5,9 +5,11 @@ What `load_dataset` says is tested in test_data.py; here it goes through the com
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,7 +242,7 @@ def test_checkpoint_of_another_method(clip, few, tmp_path):
     learner = CoOp(clip, few.classnames, n_ctx=2)
     before = learner.ctx.tokens.detach().clone()
     with pytest.raises(ValueError) as e: fit(learner, few, RECIPE, checkpoint=tmp_path/'c', progress=False)
-    one_line(e, 'another run', 'method', 'delete it or give another file')
+    one_line(e, 'another run', 'method', 'give another file, or delete it')
     assert torch.equal(learner.ctx.tokens, before)
 
 
@@ -260,7 +262,7 @@ def test_damaged_checkpoint(photos, prompts, tmp_path, damage):
     works(*args)
     contents = dict(empty=b'', cut=(tmp_path/'c').read_bytes()[:-9], pickle=pickle.dumps({'epoch': 1}), prompts=(prompts/'coop.safetensors').read_bytes())
     (tmp_path/'c').write_bytes(contents[damage])
-    refused(*args, says=['checkpoint', 'belongs to another run' if damage == 'prompts' else 'is damaged', 'delete it'])
+    refused(*args, says=['is no checkpoint; give another file'] if damage == 'prompts' else ['checkpoint', 'is damaged', 'give another file'])
 
 
 class Harm:
@@ -280,8 +282,9 @@ def test_pickle_as_prompt_file(photos, tmp_path, ending, command):
 @pytest.mark.parametrize('make,says', [
     (lambda p, b: p.write_bytes(b[:-10]), ['no intact safetensors', 'truncated']), (lambda p, b: p.write_bytes(b''), ['no intact safetensors', 'truncated']),
     (lambda p, b: None, ['no prompt file', 'clipprompt train']),
-    (lambda p, b: save_file({'a': torch.zeros(1)}, p), ['not written by clipprompt']),
-    (lambda p, b: save_file({'a': torch.zeros(1)}, p, {'format': 'pt'}), ['not written by clipprompt'])], ids='cut empty missing foreign foreign-meta'.split())
+    (lambda p, b: save_file({'a': torch.zeros(1)}, p), ['holds no prompts; use the file']),
+    (lambda p, b: save_file({'a': torch.zeros(1)}, p, {'format': 'pt'}), ['holds no prompts; use the file']),
+    (lambda p, b: save_file({'a': torch.zeros(1)}, p, {'run': '{}'}), ['holds no prompts, it is a checkpoint'])], ids='cut empty missing foreign foreign-meta checkpoint'.split())
 def test_no_prompt_file(prompts, tmp_path, make, says):
     path = tmp_path/'p.safetensors'
     make(path, (prompts/'coop.safetensors').read_bytes())
@@ -323,7 +326,7 @@ def test_prompts_whose_weights_were_a_file(prompts, photos, tmp_path):
 
 # ---- class names and prompts ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('names,says', [([], ['no class names']), (['disc', ''], ['number 1', 'empty']), (['_', 'disc'], ['number 0', 'empty']), (['disc', ' '], ['number 1', 'empty'])])
+@pytest.mark.parametrize('names,says', [([], ['no class names']), (['disc', ''], ['number 2', 'empty']), (['_', 'disc'], ['number 1', 'empty']), (['disc', ' '], ['number 2', 'empty'])])
 @pytest.mark.parametrize('make', [lambda c, n: CoOp(c, n, n_ctx=2), lambda c, n: ZeroShot(c, n), lambda c, n: LinearProbe(c, n), lambda c, n: CoOp(c, NAMES, n_ctx=2).for_classes(n)],
                          ids='coop zero-shot probe for_classes'.split())
 def test_empty_class_name(clip, names, says, make):
@@ -332,7 +335,7 @@ def test_empty_class_name(clip, names, says, make):
 
 
 def test_empty_class_name_on_the_command_line(prompts, photos):
-    refused('predict', prompts/'coop.safetensors', photos/'disc'/'0.png', '--classes', 'disc,,cross', says=['class name number 1 is empty', 'name every class'])
+    refused('predict', prompts/'coop.safetensors', photos/'disc'/'0.png', '--classes', 'disc,,cross', says=['class name number 2 is empty', 'name every class'])
 
 
 def test_prompts_that_do_not_transfer(clip, prompts, photos):
@@ -452,6 +455,41 @@ def test_checkpoint_is_checked_before_the_first_epoch(photos, barred, tmp_path, 
     from clipprompt import training
     monkeypatch.setattr(training, '_train', never)
     for place in (barred, f'{barred}/'): refused('train', photos, '--shots', 2, '--epochs', 1, '--out', tmp_path/'p', '--checkpoint', place, says=['cannot write', 'choose a folder you may write to'])
+
+
+# ---- files that are there already ---------------------------------------------------------------------------------------
+
+def test_out_spares_what_the_command_reads(prompts, photos, tmp_path):
+    file, picture = shutil.copy(prompts/'coop.safetensors', tmp_path), shutil.copy(photos/'disc'/'0.png', tmp_path)
+    before = Path(file).read_bytes(), Path(picture).read_bytes()
+    for out in (file, picture): refused('predict', file, tmp_path/'0.png', '--out', out, says=['--out', Path(out).name, 'choose another name'])
+    refused('train', photos, '--checkpoint', file, '--out', file, says=['--out', 'choose another name'])
+    assert before == (Path(file).read_bytes(), Path(picture).read_bytes())
+
+
+@pytest.mark.parametrize('text', ['path,label\n', 'print()', ''])
+def test_train_replaces_prompts_and_nothing_else(photos, tmp_path, text):
+    (tmp_path/'mine').write_text(text)
+    refused('train', photos, '--out', tmp_path/'mine', says=['mine is there', 'holds no prompts', 'choose another name'])
+    assert (tmp_path/'mine').read_text() == text
+    for seed in (1, 2): works('train', photos, '--epochs', 1, '--shots', 2, '--seed', seed, '--out', tmp_path/'p')
+
+
+def test_prompts_are_no_checkpoint(prompts, photos, tmp_path):
+    file = Path(shutil.copy(prompts/'coop.safetensors', tmp_path))
+    refused('train', photos, '--shots', 2, '--epochs', 1, '--checkpoint', file, '--out', tmp_path/'p', says=['coop.safetensors is no checkpoint', 'give another file'])
+    assert file.read_bytes() == (prompts/'coop.safetensors').read_bytes()
+
+
+def test_options_of_training_where_nothing_is_trained(photos, tmp_path):
+    for method, more in (('linear-probe', ['--checkpoint', tmp_path/'c']), ('zero-shot', ['--epochs', 3])):
+        assert f'warning: {method} is not trained in epochs' in works('train', photos, '--method', method, *more, '--out', tmp_path/method).err
+
+
+def test_a_place_that_cannot_be_is_named_as_given(photos, tmp_path):
+    (tmp_path/'file').touch()
+    r = refused('train', photos, '--out', tmp_path/'file'/'p.safetensors', says=[f"{tmp_path/'file'/'p.safetensors'} (", 'choose a folder'])
+    assert '.check' not in r.err
 
 
 # ---- the root of a data set --------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def put(hub, name, **files): hub.repos[name] = dict(private=False, commits=[('0'
     ('hf://ada/shapes@v9', FileNotFoundError, ["no revision 'v9'", 'leave it out']),
     ('hf://ada/empty', FileNotFoundError, ['ada/empty', HUB_FILE, 'push_to_hub']),
     ('hf://ada/gated', PermissionError, ['ada/gated', 'hf auth login']),
-    ('hf://ada/foreign', ValueError, ['not written by clipprompt']),
+    ('hf://ada/foreign', ValueError, ['holds no prompts']),
     ('hf://ada/damaged', ValueError, ['no intact safetensors']),
     ('hf://ada/pickle', ValueError, ['no intact safetensors', 'pickle']),
     ('hf://ada', ValueError, ['hf://ada', 'write hf://user/name']),

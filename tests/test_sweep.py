@@ -1,4 +1,5 @@
 """Sweeps: nothing lost, nothing twice, whoever is killed and whenever. Records: any row can be run again."""
+import io
 import json
 import os
 import random
@@ -335,7 +336,7 @@ def test_a_targets_own_sentence(photos):
 
 def test_paths_in_full_and_names_as_they_are(photos, monkeypatch):
     monkeypatch.chdir(photos.parent)
-    run, = grid(['zero-shot'], ['photos'], seeds=[1], root='~/data', targets=['emoji', 'photos'])
+    run, = grid(['zero-shot'], ['photos'], ['cross'], seeds=[1], root='~/data', targets=['emoji', 'photos'])
     assert (run.task, run.root, run.targets) == (str(photos), os.path.expanduser('~/data'), ('emoji', str(photos))) and grid(['zero-shot'], ['pacs/sketch'], seeds=[1])[0].task == 'pacs/sketch'
 
 
@@ -392,7 +393,13 @@ def test_sweep_from_a_shell(photos, tmp_path):
     assert 'now' in said.out and '(' not in said.out and pd.read_csv(tmp_path/'again.csv').run[0] == rows.run[1]
     works('rerun', tmp_path/'records'/f'{rows.run[0]}.json')
     assert {r['run'] for r in read_records(tmp_path)} == set(rows.run)                              # the folder stands for its records
-    works('rerun', tmp_path, '--run', rows.run[0])
+    works('rerun', tmp_path, '--run', rows.run[0], '--out', tmp_path/'again.csv')
+    assert {r['run'] for r in read_records(tmp_path/'again.csv')} == {rows.run[0], rows.run[1]}       # one more row, none lost
+    before = (tmp_path/'results.csv').read_text()
+    works('rerun', tmp_path, '--run', rows.run[0], '--out', tmp_path/'results.csv')
+    assert sorted(map(tuple, pd.read_csv(io.StringIO(before)).fillna(0).values)) == sorted(map(tuple, pd.read_csv(tmp_path/'results.csv').fillna(0).values))
+    (tmp_path/'mine.csv').write_text('a,b\n1,2\n')
+    refused('rerun', tmp_path, '--run', rows.run[0], '--out', tmp_path/'mine.csv', says=['mine.csv', 'not written by', 'choose another'])
 
 
 def test_compare_and_sweep_in_one_folder(photos, tmp_path):
@@ -409,6 +416,7 @@ def test_an_empty_folder_holds_no_records(tmp_path):
 
 
 def test_shares_of_a_cluster_without_one():
+    refused('sweep', '--methods', 'zero-shot', '--targets', 'emoji', says=["only protocol 'cross' has targets", '--targets'])
     for given in ('--gpus', '--cpus'): refused('sweep', '--methods', 'zero-shot', given, '1', says=['--ray local', given])
 
 

@@ -49,6 +49,7 @@ def run(path, skip, timeout):
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
         i, cell = client.at or (0, nb.cells[0])
         return time.time()-start, f'{path.name}: cell {i} (id {cell.get("id")}) failed:\n{e}'
+    nb.metadata.pop('widgets', None)                 # progress bars that are over
     tmp = path.with_name(f'_{path.stem}.tmp.ipynb')  # nbdev ignores names that start with _
     try:
         nbformat.write(nb, tmp)
