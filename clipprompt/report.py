@@ -169,7 +169,7 @@ def _dots(ax:plt.Axes, here:pd.DataFrame, score:str):
     ax.set(yticks=range(len(methods)), yticklabels=methods, ylim=(-.6, len(methods)-.3), xlabel='accuracy (%)'); ax.grid(axis='y', visible=False)
 
 def _curves(ax:plt.Axes, here:pd.DataFrame, score:str):
-    for m in dict.fromkeys(here.method): here[here.method == m].groupby('shots')[score].mean().dropna().plot(ax=ax, style='o-', color=colour(m), ms=3.5, lw=1.4, label=m)
+    for m in dict.fromkeys(here.method): ax.plot(here[here.method == m].groupby('shots')[score].mean(), 'o-', color=colour(m), ms=3.5, lw=1.4, label=m)
     shots = sorted(here.shots.unique())
     ax.set(xscale='log', xticks=shots, xticklabels=shots, xlabel='shots per class', ylabel='accuracy (%)'); ax.minorticks_off()
 

@@ -78,6 +78,7 @@ def test_each_method_has_a_colour_of_its_own():
 def test_several_shots_make_a_curve():
     "One line per method through its means over seeds; with one number of shots a dot per seed"
     rows = pd.DataFrame([dict(task='t', method=m, shots=k, seed=s, accuracy=10*k+s) for m in ('coop', 'vpt') for k in (1, 2, 4) for s in (1, 2)])
+    assert plot(rows.assign(new=rows.accuracy.where(rows.method == 'coop')))                       # a probe has no new classes
     ax = plot(rows).axes[0]
     assert [l.get_label() for l in ax.lines] == ['coop', 'vpt'] and all(l.get_xdata().tolist() == [1, 2, 4] and l.get_ydata().tolist() == [11.5, 21.5, 41.5] for l in ax.lines) and ax.get_xscale() == 'log'
     ax = plot(rows[rows.shots == 2]).axes[0]
