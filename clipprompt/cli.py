@@ -121,10 +121,10 @@ def compare_command(
     protocol(protocol_name)
     if quick: shots, epochs = shots or '2', epochs or 2
     names, tasks = _list(methods, what='methods'), TASKS if task == 'all' else _list(task, what='task')
-    seeds_, shots_ = _list(seeds, int, 'seeds'), None if shots is None else _list(shots, int, 'shots')
+    seeds_, shots_ = _list(seeds, int, 'seeds'), [usual_shots(protocol_name)] if shots is None else _list(shots, int, 'shots')
     for m in names: find_method(m, budget)
-    backbone, told = load_backbone(model, pretrained, precision=precision, cache=cache or out_dir/'features'), shots_ or [usual_shots(protocol_name)]
-    err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, shots {','.join(map(str, told))}, seeds {seeds}; budget: " + (_budgets(names, epochs, budget, protocol_name, told, tasks[0].partition('/')[0]) or 'nothing to train'))
+    backbone = load_backbone(model, pretrained, precision=precision, cache=cache or out_dir/'features')
+    err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, shots {','.join(map(str, shots_))}, seeds {seeds}; budget: " + (_budgets(names, epochs, budget, protocol_name, shots_, tasks[0].partition('/')[0]) or 'nothing to train'))
     rows = compare(names, seeds_, shots_, protocol_name, tasks, backbone, epochs, select, out_dir, skip_broken=skip_broken, root=root, targets=_list(targets, what='targets') if targets else (), budget=budget)
     _show(table(rows))
     plot(rows).savefig(out_dir/'compare.png')
@@ -203,7 +203,8 @@ def rerun_command(
     for what in ('version', 'device', 'torch'):
         if rec.get(what) != new[what]: out.print(f"{what}: {rec.get(what)} then, {new[what]} now")
     if out_file:
-        write_table(out_file, ({new['run']: new} | before).values())                                       # what a table says already, stays
+        before.setdefault(new['run'], new)                              # what a table says already, stays
+        write_table(out_file, before.values())
         out.print(f'wrote {out_file}')
 
 # %% ../nbs/40_cli.ipynb #40-019

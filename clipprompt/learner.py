@@ -35,7 +35,7 @@ def write_safely(path:str|Path, write):
         tmp.touch()
         mode = tmp.stat().st_mode             # as the user's umask has it; safetensors' writer would let nobody else read
         write(tmp)
-        tmp.chmod(mode)
+        if tmp.stat().st_mode != mode: tmp.chmod(mode)                      # some mounted folders know no modes
         with open(tmp, 'r+b') as f: os.fsync(f.fileno())                    # bytes before name, or a power cut leaves an empty file; 'r+': Windows syncs only what it may write
         os.replace(tmp, path)
     except OSError as e: raise OSError(f"cannot write {path} ({f'{path.parent} is a file' if path.parent.is_file() else e.strerror or e}); choose a folder you may write to") from None

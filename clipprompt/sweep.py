@@ -18,10 +18,10 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .backbone import Backbone, load_backbone
-from .data import PUBLIC, DataSet
+from .data import DataSet
 from .learner import Recipe, check_writable, write_safely
 from .protocols import Method, apart, draw, protocol, read_records, record, run_id, second_set, usual_shots, write_record
-from .report import TASKS, find_data, find_method, own_data
+from .report import find_data, find_method, split_name
 
 # %% ../nbs/22_sweep.ipynb #22-007
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ def grid(
     for m in methods: find_method(m, same.get('budget', 'book'))
     for p in protocols: protocol(p)
     if same.get('targets') and 'cross' not in protocols: raise ValueError(f"only protocol 'cross' has targets, and it is not among {', '.join(protocols)}; leave them out (--targets), or add it")
-    there = {k: _whole(same[k]) for k in ('root', 'pretrained') if same.get(k)} | dict(targets=[_whole(t) for t in same.get('targets', ())])
-    if root := there.get('root') or os.environ.get('CLIPPROMPT_DATA'): there['root'] = str(Path(root).expanduser().absolute())
+    there = dict(targets=[_whole(t) for t in same.get('targets', ())])
+    if (weights := Path(same.get('pretrained') or '').expanduser()).is_file(): there['pretrained'] = str(weights.absolute())
+    if root := same.get('root') or os.environ.get('CLIPPROMPT_DATA'): there['root'] = str(Path(root).expanduser().absolute())
     return list(dict.fromkeys(Run(m, _whole(t), p, k, s, **same | there) for t, p in product(tasks, protocols) for k, s, m in product(shots or [usual_shots(p)], seeds, methods)))
 
-def _whole(text:str) -> str:
+def _whole(task:str) -> str:
     "A path in full, because a worker may start in another folder; names stay"
-    path, part = own_data(str(text))
-    known = str(text).partition('/')[0] in ('pictograms', 'emoji', 'styles', *TASKS, *PUBLIC)
-    return str(path.absolute()/part) if not known and path.exists() else str(text)
+    name, part = split_name(task)
+    return str(name.absolute()/part) if isinstance(name, Path) else task
 
 # %% ../nbs/22_sweep.ipynb #22-012
 @lru_cache(maxsize=1)
