@@ -16,50 +16,68 @@ from .prompts import Prompts, phrase_tokens, place
 
 # %% ../nbs/11_coop.ipynb #11-007
 class CoOp(PromptLearner):
-    "Context optimisation (Zhou et al. 2022, section 3). Raises ValueError when a prompt does not fit the context"
+    """Context optimisation (Zhou et al. 2022, section 3)
+
+    Raises ValueError when a prompt does not fit the context."""
     method, learns_text = 'coop', True
 
     def __init__(self, backbone:Backbone, classnames:list[str],
-        n_ctx:int=16,             # context length M; a phrase overrides it
-        position:str='end',       # of the class name: 'end', 'middle' or 'front'
-        csc:bool=False,           # class-specific context: M vectors for each class
-        ctx_init:str|None=None,   # start from the words of a phrase such as "a photo of a"; noise by default
-        seed:int=0,               # of the noise
+        n_ctx:int=16,           # context length M; a phrase overrides it
+        position:str='end',     # of the class name: 'end', 'middle' or 'front'
+        csc:bool=False,         # class-specific context: M vectors for each class
+        ctx_init:str|None=None, # start from a phrase such as "a photo of a"; noise by default
+        seed:int=0,             # of the noise
     ):
-        super().__init__(backbone, classnames, n_ctx=n_ctx, position=position, csc=csc, ctx_init=ctx_init, seed=seed)
-        words = phrase_tokens(backbone, ctx_init) if ctx_init else None                                 # [M, d_t]
+        super().__init__(backbone, classnames, n_ctx=n_ctx, position=position, csc=csc,
+                         ctx_init=ctx_init, seed=seed)
+        words = phrase_tokens(backbone, ctx_init) if ctx_init else None  # [M, D_t]
         M = n_ctx if words is None else len(words)
         if M < 1: raise ValueError(f'n_ctx must be at least 1, not {n_ctx}')
-        self.ctx = Prompts(M, backbone.text_width, n_classes=len(self.classnames) if csc else None, seed=seed)
-        if words is not None: self.ctx.tokens.data.copy_(words)                                         # the same words for every class
+        n_classes = len(self.classnames) if csc else None
+        self.ctx = Prompts(M, backbone.text_width, n_classes=n_classes, seed=seed)
+        if words is not None: self.ctx.tokens.data.copy_(words)          # the same for every class
         self.sentences = place(backbone, self.classnames, M, position, words=ctx_init)
 
     def text_features(self) -> Tensor: # [C, E], unit rows
         return F.normalize(self.text(self.sentences, self.ctx), dim=-1)
 
     @property
-    def transfers(self) -> bool: return not self.hparams['csc']   # class-specific context belongs to its classes
+    def transfers(self) -> bool:
+        return not self.hparams['csc']  # class-specific context belongs to its classes
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
-        "Zhou et al. 2022, section 4.1 and the released configurations: 200 epochs at 8 and 16 shots, 100 at 2 and 4, 50 at 1 and on ImageNet"
-        epochs = 50 if dataset == 'imagenet' or shots < 2 else 100 if shots < 8 else 200
-        return Recipe(lr=.002, epochs=epochs, batch_size=32, source='CoOp, section 4.1; configurations vit_b16*, rn50*')
+        """Zhou et al. 2022, section 4.1 and the released configurations
+
+        200 epochs at 8 and 16 shots, 100 at 2 and 4, 50 at 1 and on ImageNet."""
+        if dataset == 'imagenet' or shots < 2: epochs = 50
+        elif shots < 8: epochs = 100
+        else: epochs = 200
+        return Recipe(lr=.002, epochs=epochs, batch_size=32,
+                      source='CoOp, section 4.1; configurations vit_b16*, rn50*')
 
     @classmethod
     def published(cls, setting='few-shot', shots=16, dataset='') -> dict:
-        "16 random vectors for few shots; elsewhere, as run for the CoCoOp paper, four words (Zhou et al. 2022, CVPR, section 4)"
+        """16 random vectors for few shots; elsewhere four words
+
+        The words are those of the CoCoOp paper's runs (Zhou et al. 2022, CVPR, section 4)."""
         return {} if setting == 'few-shot' else dict(ctx_init='a photo of a')
 
 # %% ../nbs/11_coop.ipynb #11-022
 def nearest_words(learner:CoOp,
-    k:int=3,  # words per context vector
-) -> list[list[tuple[str, float]]]:
-    "For each context vector the k nearest token embeddings with their Euclidean distances (Zhou et al. 2022, table 4). Unified context only"
-    if learner.hparams['csc']: raise ValueError('nearest words are defined for a unified context; train with csc=False')
-    table = learner.backbone.text.token_embedding.weight                              # [V, d_t]
-    distances = torch.cdist(learner.ctx.tokens[0].detach().to(table), table)          # [M, V]
-    distances[:, table.abs().sum(1) == 0] = float('inf')                              # rows that a reduced vocabulary left empty
-    d, ids = distances.topk(k, largest=False)
-    word = lambda i: learner.backbone.tokenizer.decode([i]).strip()
-    return [[(word(i), x) for i, x in zip(*row)] for row in zip(ids.tolist(), d.tolist())]
+    k:int=3, # words per context vector
+) -> list[list[tuple[str, float]]]: # words and distances, nearest first
+    """For each context vector the k nearest token embeddings (Zhou et al. 2022, table 4)
+
+    Distances are Euclidean. Unified context only: raises ValueError for class-specific context."""
+    if learner.hparams['csc']:
+        raise ValueError('nearest words are defined for a unified context; train with csc=False')
+    table = learner.backbone.text.token_embedding.weight  # [V, D_t]
+    context = learner.ctx.tokens[0].detach().to(table)    # [M, D_t]
+    distances = torch.cdist(context, table)               # [M, V]
+    empty = table.abs().sum(1) == 0                       # left out of a reduced vocabulary
+    distances[:, empty] = float('inf')
+    distances, ids = distances.topk(k, largest=False)
+    def word(i): return learner.backbone.tokenizer.decode([i]).strip()
+    words = [[word(i) for i in row] for row in ids.tolist()]
+    return [list(zip(*row)) for row in zip(words, distances.tolist())]
