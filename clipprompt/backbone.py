@@ -26,47 +26,109 @@ def assets() -> Path:
     return here/'assets' if (here/'assets').is_dir() else here.parent/'data'
 
 # %% ../nbs/01_backbone.ipynb #01-009
-NEEDS = dict(vit="open_clip's own ViT as image tower", cls='an image feature read at CLS', square='square images',
-             causal="open_clip's own causal transformer as text tower", eot='a text feature read at EOT', tokenizer="CLIP's tokenizer")
+NEEDS = dict(
+    vit="open_clip's own ViT as image tower",
+    cls='an image feature read at CLS',
+    square='square images',
+    causal="open_clip's own causal transformer as text tower",
+    eot='a text feature read at EOT',
+    tokenizer="CLIP's tokenizer",
+)
 
 # %% ../nbs/01_backbone.ipynb #01-011
-_EXTRAS = 'qk_norm', 'scaled_cosine_attn', 'scale_heads', 'scale_attn_inner', 'scale_attn', 'scale_fc'
+_EXTRAS = ('qk_norm', 'scaled_cosine_attn', 'scale_heads', 'scale_attn_inner', 'scale_attn',
+           'scale_fc')
 
 def _plain(tower:dict) -> bool: # vision_cfg or text_cfg
-    kind = tower.get('block_type') or ('custom' if any(tower.get(e) for e in _EXTRAS) else 'default')
-    return kind == 'default'
+    kind = tower.get('block_type')
+    return kind == 'default' if kind else not any(tower.get(e) for e in _EXTRAS)
 
+def _image_has(cfg:dict) -> dict[str, bool]: # vision_cfg, all fields
+    own = not cfg['timm_model_name'] and isinstance(cfg['layers'], int)
+    size = cfg['image_size']
+    return dict(vit=own and _plain(cfg),
+                cls=cfg['pool_type'] == 'tok' and not cfg['attentional_pool'],
+                square=isinstance(size, int) or size[0] == size[1])
+
+def _text_has(cfg:dict) -> dict[str, bool]: # text_cfg, all fields
+    own = not cfg['hf_model_name'] and not cfg['no_causal_mask']
+    at_eot = cfg['pool_type'] in ('argmax', 'eos') and not cfg['embed_cls']
+    return dict(causal=own and _plain(cfg),
+                eot=at_eot and cfg['proj_type'] != 'none',
+                tokenizer=not cfg['hf_tokenizer_name'])
+
+# %% ../nbs/01_backbone.ipynb #01-011b
 def missing(
     model_cfg:dict # as `open_clip.get_model_config(name)` gives it
 ) -> list[str]:
-    "What a model lacks that prompts need, told from its configuration; empty if it can be a `Backbone`"
-    v, t = vars(open_clip.CLIPVisionCfg(**model_cfg['vision_cfg'])), vars(open_clip.CLIPTextCfg(**model_cfg['text_cfg']))
-    size = v['image_size']
-    has = dict(vit=not v['timm_model_name'] and isinstance(v['layers'], int) and _plain(v),
-               cls=v['pool_type'] == 'tok' and not v['attentional_pool'],
-               square=isinstance(size, int) or size[0] == size[1],
-               causal=not t['hf_model_name'] and not t['no_causal_mask'] and _plain(t),
-               eot=t['pool_type'] in ('argmax', 'eos') and not t['embed_cls'] and t['proj_type'] != 'none' and 'multimodal_cfg' not in model_cfg,
-               tokenizer=not t['hf_tokenizer_name'])
+    """What a model lacks that prompts need, told from its configuration
+
+    Empty if it can be a `Backbone`.
+    """
+    vision = vars(open_clip.CLIPVisionCfg(**model_cfg['vision_cfg']))
+    text = vars(open_clip.CLIPTextCfg(**model_cfg['text_cfg']))
+    has = _image_has(vision) | _text_has(text)
+    if 'multimodal_cfg' in model_cfg: has['eot'] = False
     return [NEEDS[k] for k, there in has.items() if not there]
 
 # %% ../nbs/01_backbone.ipynb #01-013
+def _plain_blocks(x) -> bool:
+    if not isinstance(x, Transformer): return False
+    return all(type(b) is ResidualAttentionBlock and b.attn.batch_first for b in x.resblocks)
+
 def _pools(model) -> tuple[str, int]:
     "Where the text feature is read, and the id of that token for 'eos'"
-    return (model.text.pool_type, model.text.eos_id) if hasattr(model, 'text') else (model.text_pool_type, getattr(model, 'text_eos_id', None))
+    if hasattr(model, 'text'): return model.text.pool_type, model.text.eos_id
+    return model.text_pool_type, getattr(model, 'text_eos_id', None)
 
+def _image_brings(visual) -> dict[str, bool]:
+    own = isinstance(visual, VisionTransformer) and _plain_blocks(visual.transformer)
+    if not own: return dict(vit=False)  # nothing else can be asked of it
+    return dict(cls=visual.pool_type == 'tok' and visual.attn_pool is None,
+                square=visual.image_size[0] == visual.image_size[1])
+
+def _text_brings(model) -> dict[str, bool]:
+    text = getattr(model, 'text', model)
+    if not _plain_blocks(getattr(text, 'transformer', None)): return dict(causal=False)
+    at_eot = _pools(model)[0] in ('argmax', 'eos')
+    whole = len(text.positional_embedding) == text.context_length
+    return dict(causal=text.attn_mask is not None,
+                eot=at_eot and text.text_projection is not None and whole)
+
+# %% ../nbs/01_backbone.ipynb #01-013b
 def _missing_in(model:nn.Module) -> list[str]:
-    "The same, told from a model that is already built"
-    visual, text = getattr(model, 'visual', None), getattr(model, 'text', model)
-    plain = lambda x: isinstance(x, Transformer) and all(type(b) is ResidualAttentionBlock and b.attn.batch_first for b in x.resblocks)
-    vit, own = isinstance(visual, VisionTransformer) and plain(visual.transformer), plain(getattr(text, 'transformer', None))
-    has = dict(vit=vit, cls=not vit or visual.pool_type == 'tok' and visual.attn_pool is None,
-               square=not vit or visual.image_size[0] == visual.image_size[1], causal=own and text.attn_mask is not None,
-               eot=not own or _pools(model)[0] in ('argmax', 'eos') and text.text_projection is not None and len(text.positional_embedding) == text.context_length)
+    "The same as `missing`, told from a model that is already built"
+    has = _image_brings(getattr(model, 'visual', None)) | _text_brings(model)
     return [NEEDS[k] for k, there in has.items() if not there]
 
 def _refuse(name:str, lacks:list[str]):
-    if lacks: raise ValueError(f"backbone '{name}' lacks {' and '.join([', '.join(lacks[:-1]), lacks[-1]] if lacks[1:] else lacks)}; use a CLIP with a plain ViT such as ViT-B-16 or ViT-L-14")
+    if not lacks: return
+    what = f"{', '.join(lacks[:-1])} and {lacks[-1]}" if lacks[1:] else lacks[0]
+    raise ValueError(f"backbone '{name}' lacks {what}; "
+                     'use a CLIP with a plain ViT such as ViT-B-16 or ViT-L-14')
+
+# %% ../nbs/01_backbone.ipynb #01-016c
+def _check_tokenizer(backbone):
+    pool, eos = _pools(backbone.model)
+    vocabulary = backbone.text.token_embedding.num_embeddings
+    ids = backbone.tokenizer(['a'])  # [1, L]
+    last = int(ids.max())
+    fits = ids.shape[1] == backbone.context_length and last < vocabulary
+    if fits and (pool != 'eos' or last == eos): return
+    up_to = f' up to EOT {eos}' if pool == 'eos' else ''
+    raise ValueError(
+        f"backbone '{backbone.name}' reads {backbone.context_length} tokens from a vocabulary of "
+        f"{vocabulary}{up_to}, but its tokenizer gives {ids.shape[1]} with ids up to {last}; "
+        'pass the tokenizer it was trained with, one whose EOT has the largest id')
+
+# %% ../nbs/01_backbone.ipynb #01-016e
+def _fingerprint(model:nn.Module) -> str: # 16 hex digits
+    quick = type(model.visual.transformer.resblocks[0].mlp.gelu).__name__ == 'QuickGELU'
+    h = hashlib.sha256(b'QuickGELU' if quick else b'')
+    for k, v in sorted(model.state_dict().items()):
+        h.update(k.encode())
+        h.update(v.detach().float().cpu().reshape(-1).numpy())
+    return h.hexdigest()[:16]
 
 # %% ../nbs/01_backbone.ipynb #01-017
 class Backbone:
@@ -75,25 +137,28 @@ class Backbone:
         model:nn.Module, # an open_clip CLIP with a ViT image tower and a causal text tower
         name:str='custom',
         tokenizer=None,  # texts -> ids [N, context_length]; CLIP's own by default
-        mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD, # of the pixel normalisation, per channel
+        mean=open_clip.OPENAI_DATASET_MEAN, # of the pixel normalisation, per channel
+        std=open_clip.OPENAI_DATASET_STD,
         interpolation:str='bicubic', # for resizing images
     ):
         _refuse(name, _missing_in(model))
         self.name, self.model = name, model.eval().requires_grad_(False)
         self.visual, self.text = model.visual, getattr(model, 'text', model)
-        self.context_length = self.text.positional_embedding.shape[0]
+        self._measure()
         self.tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=self.context_length)
-        self._check_tokenizer()
-        self.text_width, self.vision_width = self.text.ln_final.weight.shape[0], self.visual.class_embedding.shape[0] # d_t, d_v
-        self.text_layers, self.vision_layers = len(self.text.transformer.resblocks), len(self.visual.transformer.resblocks)
-        self.embed_dim, self.image_size = self.visual.proj.shape[1], self.visual.image_size[0] # E, pixels
+        _check_tokenizer(self)
         self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
-        self.pretrained = self.precision = self.cache = None    # set by `load_backbone`
+        self.pretrained = self.precision = self.cache = None  # set by `load_backbone`
 
-    def _check_tokenizer(self):
-        (pool, eos), n, ids = _pools(self.model), self.text.token_embedding.num_embeddings, self.tokenizer(['a'])  # [1, L]
-        if ids.shape[1] != self.context_length or ids.max() >= n or pool == 'eos' and ids.max() != eos:
-            raise ValueError(f"backbone '{self.name}' reads {self.context_length} tokens from a vocabulary of {n}{f' up to EOT {eos}' if pool == 'eos' else ''}, but its tokenizer gives {ids.shape[1]} with ids up to {ids.max()}; pass the tokenizer it was trained with, one whose EOT has the largest id")
+    def _measure(self):
+        text, visual = self.text, self.visual
+        self.context_length = text.positional_embedding.shape[0]
+        self.text_width = text.ln_final.weight.shape[0]      # D_t
+        self.vision_width = visual.class_embedding.shape[0]  # D_v
+        self.text_layers = len(text.transformer.resblocks)
+        self.vision_layers = len(visual.transformer.resblocks)
+        self.embed_dim = visual.proj.shape[1]                # E
+        self.image_size = visual.image_size[0]               # pixels
 
     @property
     def device(self) -> torch.device: return self.model.logit_scale.device
@@ -106,12 +171,15 @@ class Backbone:
 
     def tokenize(self, texts:list[str]) -> Tensor: # ids [N, context_length]: SOT, words, EOT, zeros
         "Token ids; a text that does not fit is an error, never cut"
-        for t in texts:
-            if (n := len(self.tokenizer.encode(t))+2) > self.context_length:
-                raise ValueError(f'"{t[:40]}" needs {n} tokens but the context holds {self.context_length}; shorten the text or the prompt')
+        room = self.context_length
+        for text in texts:
+            n = len(self.tokenizer.encode(text)) + 2  # with SOT and EOT
+            if n > room:
+                raise ValueError(f'"{text[:40]}" needs {n} tokens but the context holds {room}; '
+                                 'shorten the text or the prompt')
         return self.tokenizer(texts).to(self.device)
 
-    def embed(self, ids:Tensor) -> Tensor: # [..., L] -> [..., L, d_t]
+    def embed(self, ids:Tensor) -> Tensor: # [..., L] -> [..., L, D_t]
         "The frozen token embedding, without positions"
         return self.text.token_embedding(ids)
 
@@ -119,31 +187,27 @@ class Backbone:
         "Move the frozen model to a device or dtype; returns self"
         before = self.dtype
         self.model.to(*args, **kwargs)
-        if self.dtype != before: self.__dict__.pop('fingerprint', None)   # rounded weights are other weights
+        if self.dtype != before: self.__dict__.pop('fingerprint', None)  # rounded: other weights
         return self
 
     def autocast(self) -> torch.autocast:
-        "The context in which the frozen towers run: in half precision if `precision` asks for it, else as they are"
+        "What the frozen towers run in: half precision if `precision` asks for it"
         half = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.precision)
         return torch.autocast(self.device.type, half, enabled=half is not None)
 
     @cached_property
     def fingerprint(self) -> str:
-        "16 hex digits over all weights and the activation, computed once: other digits, another network"
-        quick = type(self.visual.transformer.resblocks[0].mlp.gelu).__name__ == 'QuickGELU'
-        h = hashlib.sha256(b'QuickGELU' if quick else b'')
-        for k, v in sorted(self.model.state_dict().items()):
-            h.update(k.encode())
-            h.update(v.detach().float().cpu().reshape(-1).numpy())
-        return h.hexdigest()[:16]
+        "16 hex digits over all weights and the activation: other digits, another network"
+        return _fingerprint(self.model)
 
     def __repr__(self):
-        return (f'Backbone {self.name}: image {self.image_size} px, {self.vision_layers} blocks of width {self.vision_width}; '
-                f'text {self.context_length} tokens, {self.text_layers} blocks of width {self.text_width}; joint width {self.embed_dim}')
+        image = f'{self.image_size} px, {self.vision_layers} blocks of width {self.vision_width}'
+        text = f'{self.context_length} tokens, {self.text_layers} blocks of width {self.text_width}'
+        return f'Backbone {self.name}: image {image}; text {text}; joint width {self.embed_dim}'
 
 # %% ../nbs/01_backbone.ipynb #01-019
 def build_backbone(
-    model_cfg:dict, # an open_clip configuration: embed_dim, vision_cfg, text_cfg, quick_gelu, custom_text
+    model_cfg:dict, # of open_clip: embed_dim, vision_cfg, text_cfg, quick_gelu, custom_text
     **kwargs        # for `Backbone`
 ) -> Backbone:
     "An untrained CLIP of any size. Raises ValueError for one that prompts do not fit"
@@ -157,44 +221,66 @@ def _picto_clip(path:Path) -> Backbone:
     "The embedded CLIP from its safetensors file"
     try:
         with safe_open(path, 'pt') as f:
-            meta, sd = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-        cfg, rows = json.loads(meta['model_cfg']), sd.pop('token_embedding.weight').float()
+            meta, weights = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+        cfg = json.loads(meta['model_cfg'])
+        rows = weights.pop('token_embedding.weight').float()
     except (SafetensorError, OSError, KeyError, TypeError) as e:
-        raise ValueError(f'{path} is missing or damaged ({e}); reinstall clipprompt or rebuild it as chapter 30 shows') from None
-    ids, table = sd.pop('token_ids').long(), torch.zeros(cfg['text_cfg']['vocab_size'], cfg['text_cfg']['width'])
+        raise ValueError(f'{path} is missing or damaged ({e}); reinstall clipprompt '
+                         'or rebuild it as the picto-clip chapter shows') from None
+    ids, text = weights.pop('token_ids').long(), cfg['text_cfg']
+    table = torch.zeros(text['vocab_size'], text['width'])
     table[ids] = rows
+    weights = {k: v.float() for k, v in weights.items()}
     model = open_clip.model.CLIP(**cfg)
-    model.load_state_dict({k: v.float() for k, v in sd.items()} | {'token_embedding.weight': table})
-    return Backbone(model, 'picto-clip', mean=json.loads(meta['mean']), std=json.loads(meta['std']), interpolation=meta['interpolation'])
+    model.load_state_dict(weights | {'token_embedding.weight': table})
+    return Backbone(model, 'picto-clip', mean=json.loads(meta['mean']), std=json.loads(meta['std']),
+                    interpolation=meta['interpolation'])
 
 # %% ../nbs/01_backbone.ipynb #01-027
 def _is_torchscript(path:Path) -> bool:
     try:
-        with zipfile.ZipFile(path) as z: return any(n.endswith('/constants.pkl') for n in z.namelist())
+        with zipfile.ZipFile(path) as z: names = z.namelist()
     except (OSError, zipfile.BadZipFile): return False
+    return any(n.endswith('/constants.pkl') for n in names)
 
-_BESIDES = 'input_resolution', 'context_length', 'vocab_size', 'attn_mask', 'text.attn_mask'   # no weights; OpenAI's files and TorchScript list them too
+# No weights, though OpenAI's files and TorchScript list them too
+_BESIDES = 'input_resolution', 'context_length', 'vocab_size', 'attn_mask', 'text.attn_mask'
 
 def _weights(path:Path) -> dict[str, Tensor]:
     "The tensors of a weight file by name. Whatever else the file holds is never run"
     if _is_torchscript(path):
-        raise ValueError(f"{path} is a TorchScript program, not a table of tensors; for OpenAI's weights give the tag 'openai', else save model.state_dict() with safetensors.torch.save_file and pass that file")
+        raise ValueError(f"{path} is a TorchScript program, not a table of tensors; for OpenAI's "
+                         "weights give the tag 'openai', else save model.state_dict() with "
+                         'safetensors.torch.save_file and pass that file')
     safe = path.suffix == '.safetensors'
-    try: sd = load_file(path) if safe else torch.load(path, 'cpu', weights_only=True)
-    except Exception as e:   # safetensors, pickle and zip files have an error class each, and torch passes on what a damaged pickle trips over
-        why = 'is damaged' if safe else 'is damaged or holds pickled objects besides tensors, which are never opened'
-        raise ValueError(f"{path} {why} ({type(e).__name__}); get it again, best as a .safetensors file") from None
-    sd = sd.get('state_dict', sd) if isinstance(sd, dict) else {}                       # training checkpoints keep more than the model
-    sd = {k.removeprefix('module.'): v for k, v in sd.items() if isinstance(v, Tensor)}  # 'module.': written by parallel training
-    return {k: v for k, v in sd.items() if k not in _BESIDES}
+    try: weights = load_file(path) if safe else torch.load(path, 'cpu', weights_only=True)
+    except Exception as e:  # each format has errors of its own, a damaged pickle any
+        pickled = ' or holds pickled objects besides tensors, which are never opened'
+        why = 'is damaged' + ('' if safe else pickled)
+        raise ValueError(f'{path} {why} ({type(e).__name__}); '
+                         'get it again, best as a .safetensors file') from None
+    # Training checkpoints keep more than the model
+    weights = weights.get('state_dict', weights) if isinstance(weights, dict) else {}
+    # 'module.' was written by parallel training
+    weights = {k.removeprefix('module.'): v for k, v in weights.items() if isinstance(v, Tensor)}
+    return {k: v for k, v in weights.items() if k not in _BESIDES}
 
-def _fill(backbone:Backbone, sd:dict[str, Tensor], path:Path, name:str):
+# %% ../nbs/01_backbone.ipynb #01-027c
+def _fill(backbone:Backbone, weights:dict[str, Tensor], path:Path, name:str):
     "Put the tensors of a file into a model; all of them must fit"
     want = backbone.model.state_dict()
-    sd = {k: v.reshape(want[k].shape) if k in want and v.numel() == want[k].numel() == 1 else v for k, v in sd.items()}
-    off = [k for k in want if k not in sd or sd[k].shape != want[k].shape] + [k for k in sd if k not in want]
-    if off: raise ValueError(f"{path} does not hold the weights of {name}: {off[0][:60]} is missing, foreign or of another shape{f', as are {len(off)-1} more tensors' if off[1:] else ''}; give the name of the model that they belong to")
-    backbone.model.load_state_dict(sd)
+    fitted = {}
+    for k, v in weights.items():
+        is_number = k in want and v.numel() == want[k].numel() == 1
+        fitted[k] = v.reshape(want[k].shape) if is_number else v
+    off = [k for k, v in want.items() if k not in fitted or fitted[k].shape != v.shape]
+    off += [k for k in fitted if k not in want]
+    if off:
+        more = f', as are {len(off)-1} more tensors' if off[1:] else ''
+        raise ValueError(f'{path} does not hold the weights of {name}: {off[0][:60]} is missing, '
+                         f'foreign or of another shape{more}; '
+                         'give the name of the model that they belong to')
+    backbone.model.load_state_dict(fitted)
 
 # %% ../nbs/01_backbone.ipynb #01-029
 def nearest(name:str, known) -> str:
@@ -208,50 +294,92 @@ def nearest(name:str, known) -> str:
 def _published(backbone:Backbone, name:str, tag:str):
     "Weights by tag, through open_clip"
     try: path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
-    except Exception as e:   # the network, the hub and the disk have many kinds
-        raise ConnectionError(f"could not get '{tag}' for {name} ({type(e).__name__}); connect once, or put the weights in a .safetensors file and pass its path as pretrained") from e
+    except Exception as e:  # the network, the hub and the disk have many kinds
+        raise ConnectionError(f"could not get '{tag}' for {name} ({type(e).__name__}); "
+                              'connect once, or put the weights in a .safetensors file '
+                              'and pass its path as pretrained') from e
     try: open_clip.load_checkpoint(backbone.model, path)
-    except Exception as e: raise ValueError(f"{path} is damaged or holds no weights of {name} ({type(e).__name__}); delete it and load again") from e
+    except Exception as e:
+        raise ValueError(f'{path} is damaged or holds no weights of {name} ({type(e).__name__}); '
+                         'delete it and load again') from e
 
 # %% ../nbs/01_backbone.ipynb #01-033
+def _tag(name:str, pretrained:str|Path|None) -> dict:
+    "What open_clip's table says of a tag; nothing of a file or of 'random'"
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None:
+        published = ', '.join(tags) or 'no published tag'
+        raise ValueError(f"say which weights '{name}' gets: pretrained= one of {published}, "
+                         "a .safetensors file, or 'random'")
+    if pretrained in tags: return open_clip.get_pretrained_cfg(name, str(pretrained))
+    if pretrained != 'random' and not Path(pretrained).expanduser().is_file():
+        raise ValueError(f"'{pretrained}' is neither a file nor a tag of {name}; "
+                         f"{nearest(str(pretrained), tags)}")
+    return {}
+
 def _open_clip(name:str, pretrained:str|Path|None) -> Backbone:
     "Any plain ViT of open_clip, by tag or by weight file"
-    if name not in open_clip.list_models(): raise ValueError(f"unknown backbone '{name}'; {nearest(name, ['picto-clip', *open_clip.list_models()])}")
-    cfg, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
+    known = open_clip.list_models()
+    if name not in known:
+        raise ValueError(f"unknown backbone '{name}'; {nearest(name, ['picto-clip', *known])}")
+    cfg = open_clip.get_model_config(name)
     _refuse(name, missing(cfg))
-    if pretrained is None:
-        raise ValueError(f"say which weights '{name}' gets: pretrained= one of {', '.join(tags) or 'no published tag'}, a .safetensors file, or 'random'")
-    path, tag = Path(pretrained).expanduser(), open_clip.get_pretrained_cfg(name, str(pretrained)) if pretrained in tags else {}
-    if not tag and pretrained != 'random' and not path.is_file():
-        raise ValueError(f"'{pretrained}' is neither a file nor a tag of {name}; {nearest(str(pretrained), tags)}")
-    sd = None if tag or pretrained == 'random' else _weights(path)
+    tag = _tag(name, pretrained)
+    path = Path(pretrained).expanduser()
+    from_file = not tag and pretrained != 'random'
+    weights = _weights(path) if from_file else None
     if tag: cfg['quick_gelu'] = tag.get('quick_gelu', False)
-    text = cfg['text_cfg']
-    tokenizer = open_clip.SimpleTokenizer(context_length=text.get('context_length', 77), **text.get('tokenizer_kwargs', {}))
-    backbone = build_backbone(cfg, name=f'{name}/{path.stem}', tokenizer=tokenizer, **{k: tag[k] for k in ('mean', 'std', 'interpolation') if tag.get(k)})
+    length = cfg['text_cfg'].get('context_length', 77)
+    options = cfg['text_cfg'].get('tokenizer_kwargs', {})
+    tokenizer = open_clip.SimpleTokenizer(context_length=length, **options)
+    pixels = {k: tag[k] for k in ('mean', 'std', 'interpolation') if tag.get(k)}
+    backbone = build_backbone(cfg, name=f'{name}/{path.stem}', tokenizer=tokenizer, **pixels)
     if tag: _published(backbone, name, pretrained)
-    if sd is not None: _fill(backbone, sd, path, name)
+    if from_file: _fill(backbone, weights, path, name)
     return backbone
 
 # %% ../nbs/01_backbone.ipynb #01-035
 def find_device(device:str|None=None) -> torch.device:
     "A device by name; cuda where there is one, else cpu. Raises ValueError"
-    try: return torch.empty(0, device=device or ('cuda' if torch.cuda.is_available() else 'cpu')).device
-    except (RuntimeError, AssertionError): raise ValueError(f"there is no device '{device}' here; use cpu{' or cuda' if torch.cuda.is_available() else ''}") from None
+    has_cuda = torch.cuda.is_available()
+    if not device: device = 'cuda' if has_cuda else 'cpu'
+    try: return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"there is no device '{device}' here; "
+                         f"use cpu{' or cuda' if has_cuda else ''}") from None
+
+# %% ../nbs/01_backbone.ipynb #01-035b
+def _source(pretrained:str|Path|None) -> str|None:
+    "A tag as it is, a file by its full path"
+    if not pretrained: return pretrained
+    path = Path(pretrained).expanduser()
+    return str(path.absolute() if path.is_file() else pretrained)
 
 def load_backbone(
-    name:str='picto-clip',       # 'picto-clip', or a model of open_clip such as 'ViT-B-16'
-    pretrained:str|Path|None=None, # open_clip's tag ('openai', 'laion2b_s34b_b88k', ...), a file of tensors (.safetensors; OpenAI's weights: name 'ViT-B-16-quickgelu'), or 'random'
-    device:str|None=None,        # cuda where there is one, else cpu
+    name:str='picto-clip',   # 'picto-clip', or a model of open_clip such as 'ViT-B-16'
+    pretrained:str|Path|None=None, # open_clip's tag ('openai', ...), a file of tensors, or 'random'
+    device:str|None=None,    # cuda where there is one, else cpu
     dtype:torch.dtype=torch.float32,
-    precision:str|None=None,     # 'bf16' or 'fp16': the towers compute in half precision, prompts and loss stay in `dtype`
-    cache:str|Path|None=None,    # a folder that keeps frozen features between runs (chapter 06)
+    precision:str|None=None, # 'bf16' or 'fp16' for the towers; prompts and loss stay in `dtype`
+    cache:str|Path|None=None, # a folder that keeps frozen features between runs
 ) -> Backbone:
-    "A frozen CLIP, ready for prompts. Raises ValueError (unknown or unfit name, damaged file, no such device) or ConnectionError (weights not to be had)"
+    """A frozen CLIP, ready for prompts
+
+    Files are best .safetensors; those of OpenAI's weights go with the name
+    'ViT-B-16-quickgelu'. Raises ValueError (unknown or unfit name, damaged file,
+    no such device) or ConnectionError (weights not to be had).
+    """
     device = find_device(device)
-    if precision not in (None, 'bf16', 'fp16'): raise ValueError(f"unknown precision '{precision}'; use 'bf16', 'fp16', or None for that of the weights")
-    if name == 'picto-clip' and pretrained: raise ValueError(f"picto-clip has weights of its own, so leave pretrained={str(pretrained)!r} out (--pretrained), or name the model that they belong to (--backbone ViT-B-16)")
-    backbone = _picto_clip(assets()/'picto-clip.safetensors') if name == 'picto-clip' else _open_clip(name, pretrained)
-    backbone.pretrained = pretrained and str(Path(pretrained).expanduser().absolute() if Path(pretrained).expanduser().is_file() else pretrained)
+    if precision not in (None, 'bf16', 'fp16'):
+        raise ValueError(f"unknown precision '{precision}'; "
+                         "use 'bf16', 'fp16', or None for that of the weights")
+    ours = name == 'picto-clip'
+    if ours and pretrained:
+        raise ValueError('picto-clip has weights of its own, so leave '
+                         f'pretrained={str(pretrained)!r} out (--pretrained), or name the model '
+                         'that they belong to (--backbone ViT-B-16)')
+    if ours: backbone = _picto_clip(assets()/'picto-clip.safetensors')
+    else: backbone = _open_clip(name, pretrained)
+    backbone.pretrained = _source(pretrained)
     backbone.precision, backbone.cache = precision, cache and Path(cache).expanduser()
     return backbone.to(device=device, dtype=dtype)
