@@ -19,7 +19,9 @@ from .zeroshot import ZeroShot
 
 # %% ../nbs/15_provp.ipynb #15-007
 class Progressive(Prompts):
-    "Image tokens that keep a share of what the block before made of them (Xu et al. 2024; the released code)"
+    """Image tokens that keep a share of what the block before made of them
+
+    Xu et al. 2024, as in the released code. Raises ValueError for a share outside [0, 1]."""
     def __init__(self,
         n:int,           # tokens per block
         width:int,       # of the tower, D
@@ -27,41 +29,60 @@ class Progressive(Prompts):
         alpha:float=.01, # share of the carried output, in [0, 1]
         seed:int=0,
     ):
-        if not 0 <= alpha <= 1: raise ValueError(f'alpha is a share: choose it between 0 (VPT-deep) and 1 (VPT-shallow), not {alpha}')
+        if not 0 <= alpha <= 1:
+            raise ValueError('alpha is a share: choose it between 0 (VPT-deep) '
+                             f'and 1 (VPT-shallow), not {alpha}')
         super().__init__(n, width, depth, seed=seed)
-        self.alpha, v = alpha, (6/(3*14**2+width))**.5
-        self.tokens.data.uniform_(-v, v, generator=torch.Generator().manual_seed(seed))
+        self.alpha = alpha
+        bound, generator = (6/(3*14**2+width))**.5, torch.Generator().manual_seed(seed)
+        self.tokens.data.uniform_(-bound, bound, generator=generator)
 
     def enter(self, layer, carried):
         fresh = super().enter(layer, carried)
-        return fresh if layer == 0 or layer >= len(self.tokens) else self.alpha*carried + (1-self.alpha)*fresh
+        if layer == 0 or layer >= len(self.tokens): return fresh
+        return self.alpha*carried + (1-self.alpha)*fresh
 
 # %% ../nbs/15_provp.ipynb #15-010
-TEMPLATES = dict(oxfordpets='a type of pet, a photo of a {}.', oxfordflowers='a type of flower, a photo of a {}.', fgvcaircraft='a type of aircraft, a photo of a {}.',
-    describabletextures='a texture of {}.', dtd='a texture of {}.', eurosat='a centered satellite photo of {}.', food101='a type of food, a photo of {}.', ucf101='a photo of a person doing {}.')
+TEMPLATES = dict(
+    oxfordpets='a type of pet, a photo of a {}.',
+    oxfordflowers='a type of flower, a photo of a {}.',
+    fgvcaircraft='a type of aircraft, a photo of a {}.',
+    describabletextures='a texture of {}.',
+    dtd='a texture of {}.',
+    eurosat='a centered satellite photo of {}.',
+    food101='a type of food, a photo of {}.',
+    ucf101='a photo of a person doing {}.',
+)
 
 def provp_template(dataset:str) -> str: # 'oxford_pets' or 'OxfordPets'
     "The released code's sentence for a data set"
     return TEMPLATES.get(dataset.lower().replace('_', ''), 'a photo of a {}.')
 
+# %% ../nbs/15_provp.ipynb #15-010b
 class ProVP(ZeroShot):
-    "Progressive visual prompts (Xu et al. 2024; the released code). Raises ValueError for an alpha outside [0, 1] or a bad template"
+    """Progressive visual prompts
+
+    Xu et al. 2024, as in the released code. Raises ValueError for an alpha outside [0, 1] or a
+    bad template."""
     method, learns_image = 'provp', True
 
     def __init__(self, backbone:Backbone, classnames:list[str],
-        n_visual:int=16,                       # tokens per block; the code has 16 in base-to-new, 50 in few-shot
-        alpha:float=.01,                       # share of what came out
-        templates:str|None=None,               # the fixed sentence; None: "a photo of a {}.", or in training the data set's
+        n_visual:int=16, # tokens per block; the code has 16 in base-to-new, 50 in few-shot
+        alpha:float=.01, # share of what came out
+        templates:str|None=None, # a sentence; None: "a photo of a {}.", in training the data set's
         seed:int=0,
     ):
         super().__init__(backbone, classnames, templates or provp_template(''))
         self.hparams = dict(n_visual=n_visual, alpha=alpha, templates=templates, seed=seed)
         self.vision = VisionTower(backbone, after='cls', ln_pre=False)
-        self.visual_ctx = Progressive(n_visual, backbone.vision_width, backbone.vision_layers, alpha, seed)   # [J, n, d_v]
+        width, depth = backbone.vision_width, backbone.vision_layers
+        self.visual_ctx = Progressive(n_visual, width, depth, alpha, seed)  # [J, n, d_v]
 
     def choose(self, data:DataSet) -> 'ProVP':
         "The same with the data set's sentence, if none was given"
-        return self if self.hparams['templates'] else type(self)(self.backbone, self.classnames, **self.hparams | dict(templates=provp_template(data.name)))
+        if self.hparams['templates']: return self
+        hparams = self.hparams | dict(templates=provp_template(data.name))
+        return type(self)(self.backbone, self.classnames, **hparams)
 
     def image_features(self, images:Tensor) -> Tensor: # [B, E], unit rows
         return F.normalize(self.vision(images, self.visual_ctx), dim=-1)
@@ -69,14 +90,20 @@ class ProVP(ZeroShot):
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
         "The configurations with re-formation; those without are incomplete in the repository"
-        if dataset == 'imagenet': return Recipe(lr=5., epochs=100, batch_size=32, weight_decay=5e-3, source='ProVP repository, configuration vit_b16_img')
-        if setting != 'few-shot': return Recipe(lr=.1, epochs=100, batch_size=32, weight_decay=1e-3, source='ProVP repository, configuration vit_b16_b2n_ep100')
-        if shots < 2: return Recipe(lr=.1, epochs=50, batch_size=32, weight_decay=1e-3, source='ProVP repository, configuration vit_b16_ref_ep50')
-        return Recipe(lr=.1, epochs=100 if shots < 8 else 200, batch_size=32, source=f'ProVP repository, configuration vit_b16_ref{"_ep100" if shots < 8 else ""}')
+        def read(name, lr=.1, **kw):
+            source = f'ProVP repository, configuration {name}'
+            return Recipe(lr=lr, batch_size=32, source=source, **kw)
+        if dataset == 'imagenet': return read('vit_b16_img', 5., epochs=100, weight_decay=5e-3)
+        if setting != 'few-shot': return read('vit_b16_b2n_ep100', epochs=100, weight_decay=1e-3)
+        if shots < 2: return read('vit_b16_ref_ep50', epochs=50, weight_decay=1e-3)
+        if shots < 8: return read('vit_b16_ref_ep100', epochs=100)
+        return read('vit_b16_ref', epochs=200)
 
 # %% ../nbs/15_provp.ipynb #15-016
 def reformation(f:Tensor, z:Tensor) -> Tensor: # [B, E], [B, E] unit rows -> scalar
-    "Each prompted feature should be most like the frozen feature of its own image (Xu et al. 2024; the released code has no temperature)"
+    """Each prompted feature should be most like the frozen feature of its own image
+
+    Xu et al. 2024; there is no temperature in the released code."""
     return F.cross_entropy(f @ z.T, torch.arange(len(f), device=f.device))
 
 class Reformed:
@@ -93,8 +120,8 @@ class Reformed:
     def loss_terms(self, images:Tensor, labels:Tensor,
         frozen:Tensor|None=None,  # [B, E] frozen features of these images, if they are known
     ) -> dict[str, Tensor]:
-        f = self.image_features(images)
-        z = Classifier.image_features(self, images) if frozen is None else frozen                # no gradient
+        f, z = self.image_features(images), frozen
+        if z is None: z = Classifier.image_features(self, images)  # no gradient
         return dict(xe=F.cross_entropy(self.logits(f), labels), ref=reformation(f, z))
 
     @property
