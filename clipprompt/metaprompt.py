@@ -9,6 +9,7 @@ __all__ = ['Episode', 'MODES', 'TEMPLATES', 'Part', 'class_groups', 'class_episo
 # %% ../nbs/16_metaprompt.ipynb #16-003
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable
 
 import torch
@@ -33,32 +34,39 @@ class Part:
     def among(self, labels:Tensor) -> Tensor: # [B] -> [b]
         "Labels of its images, as places in `classes`"
         labels = labels[self.rows]
-        return labels if self.classes is None else (labels[:, None] == self.classes).int().argmax(1)
+        if self.classes is None: return labels
+        return (labels[:, None] == self.classes).int().argmax(1)
 
 Episode = tuple[Part, Part]   # to train on, to be tested on
 
+# %% ../nbs/16_metaprompt.ipynb #16-007b
 def class_groups(n_classes:int) -> list[Tensor]: # ceil(C/2) and the rest
     "Two groups of the classes, drawn with torch's generator"
     return list(torch.randperm(n_classes).split((n_classes+1)//2))
 
 def class_episodes(labels:Tensor, groups:list[Tensor]) -> list[Episode]:
-    "Each group is tested once, after a step on the others. Left out: a group of one class, a part without images"
-    episodes = []
-    for i, test in enumerate(groups):
-        train = torch.cat([g for j, g in enumerate(groups) if j != i])
-        parts = [Part(torch.isin(labels, g), g) for g in (train.to(labels.device), test.to(labels.device))]
-        if len(test) > 1 and all(p.rows.any() for p in parts): episodes.append(tuple(parts))
+    """Each group is tested once, after a step on the others
+
+    Left out: a group of one class, a part without images."""
+    def part(group): return Part(torch.isin(labels, group), group)
+    groups, episodes = [g.to(labels.device) for g in groups], []
+    for i, group in enumerate(groups):
+        train, test = part(torch.cat(groups[:i] + groups[i+1:])), part(group)
+        if len(group) > 1 and train.rows.any() and test.rows.any(): episodes.append((train, test))
     return episodes
 
 def domain_episodes(domains:Tensor) -> list[Episode]: # [B]
-    "Each domain of the batch is tested once, after a step on the other domains; all classes compete"
+    "Each domain of the batch is tested once, after a step on the others; all classes compete"
     there = domains.unique()
-    return [(Part(domains != d), Part(domains == d)) for d in there] if len(there) > 1 else []
+    if len(there) < 2: return []
+    return [(Part(domains != d), Part(domains == d)) for d in there]
 
 # %% ../nbs/16_metaprompt.ipynb #16-010
 class _Lent(nn.Module):
-    "Calls a function; exists so that `functional_call` can lend a learner other parameter values meanwhile"
-    def __init__(self, learner): super().__init__(); self.learner = learner
+    "Calls a function while `functional_call` lends a learner other parameter values"
+    def __init__(self, learner):
+        super().__init__()
+        self.learner = learner
     def forward(self, f): return f()
 
 def at(learner:nn.Module,
@@ -66,7 +74,8 @@ def at(learner:nn.Module,
     f:Callable,               # () -> anything
 ):
     "f() with the learner's parameters at other values; gradients reach the values"
-    return torch.func.functional_call(_Lent(learner), {f'learner.{k}': v for k, v in values.items()}, (f,))
+    lent = {f'learner.{k}': v for k, v in values.items()}
+    return torch.func.functional_call(_Lent(learner), lent, (f,))
 
 # %% ../nbs/16_metaprompt.ipynb #16-011
 MODES = ('reference', 'restore', 'clean')
@@ -74,35 +83,54 @@ MODES = ('reference', 'restore', 'clean')
 def _check(mode:str, order:int):
     if mode not in MODES: raise ValueError(f"unknown mode '{mode}'; {nearest(mode, MODES)}")
     if order not in (1, 2): raise ValueError(f'order is 1 or 2, not {order}')
-    if order == 2 and mode != 'clean': raise ValueError(f"order 2 differentiates through the inner step and needs mode 'clean', not '{mode}'")
+    if order == 2 and mode != 'clean':
+        raise ValueError('order 2 differentiates through the inner step '
+                         f"and needs mode 'clean', not '{mode}'")
+
+# %% ../nbs/16_metaprompt.ipynb #16-012b
+def _slope(learner, value:Tensor, wrt, **kw) -> list[Tensor]:
+    "Gradients, scaled on the way where fp16 would lose them"
+    scale = FP16_SCALE if learner.backbone.precision == 'fp16' else 1.
+    return [g/scale for g in torch.autograd.grad(value*scale, list(wrt), **kw)]
+
+def _lent_step(learner, params, inner, lr, answer, order) -> list[Tensor]:
+    "G_k at lent values: the parameters stay where they are"
+    moved = {n: p - lr*g for (n, p), g in zip(params.items(), inner)}
+    if order == 1: moved = {n: p.detach().requires_grad_() for n, p in moved.items()}
+    wrt = params if order == 2 else moved
+    return _slope(learner, at(learner, moved, answer), wrt.values())
+
+def _taken_step(learner, params, inner, optimizer, answer) -> list[Tensor]:
+    "G_k after a step of the optimiser, momentum included: the parameters have moved"
+    for p, g in zip(params.values(), inner): p.grad = g
+    optimizer.step()
+    return _slope(learner, answer(), params.values())
 
 # %% ../nbs/16_metaprompt.ipynb #16-013
 def rehearse(learner:PromptLearner, optimizer, episodes:list[Episode],
-    loss:Callable,             # Part -> scalar, at the present values of the parameters
-    names:list[str],           # parameters that are rehearsed
-    mode:str='clean',          # 'clean', or 'restore' and 'reference': see above
+    loss:Callable,    # Part -> scalar, at the present values of the parameters
+    names:list[str],  # parameters that are rehearsed
+    mode:str='clean', # 'clean', or 'restore' and 'reference': see above
     order:int=1,
-    mu:float=.2,               # weight of the outer step
+    mu:float=.2,      # weight of the outer step
 ) -> list[Tensor]: # the sum of G_k for each parameter
-    "One outer step over all episodes (Zhao et al. 2024, alternate episodic training; the released code)"
-    params, lr = {n: dict(learner.named_parameters())[n] for n in names}, optimizer.param_groups[0]['lr']
-    scale = FP16_SCALE if learner.backbone.precision == 'fp16' else 1.
-    slope = lambda value, wrt, **kw: [g/scale for g in torch.autograd.grad(value*scale, list(wrt), **kw)]
-    start, total = [p.detach().clone() for p in params.values()], [torch.zeros_like(p) for p in params.values()]
-    optimizer.zero_grad()                                                              # what is not rehearsed gets no gradient, so the optimiser leaves it
+    """One outer step over all episodes
+
+    Zhao et al. 2024, alternate episodic training, and the released code."""
+    every, lr = dict(learner.named_parameters()), optimizer.param_groups[0]['lr']
+    params = {n: every[n] for n in names}
+    start = [p.detach().clone() for p in params.values()]
+    total = [torch.zeros_like(p) for p in params.values()]
+    optimizer.zero_grad()  # what is not rehearsed gets no gradient, so the optimiser leaves it
     for k, (train, test) in enumerate(episodes):
-        with sdpa_kernel(SDPBackend.MATH) if order == 2 else nullcontext():            # the fused attention has no second derivative
-            inner = slope(loss(train), params.values(), create_graph=order == 2)
-        if mode == 'clean':
-            moved = {n: p - lr*g for (n, p), g in zip(params.items(), inner)}
-            if order == 1: moved = {n: p.detach().requires_grad_() for n, p in moved.items()}
-            outer = slope(at(learner, moved, lambda: loss(test)), (params if order == 2 else moved).values())
-        else:
-            for p, g in zip(params.values(), inner): p.grad = g
-            optimizer.step()
-            outer = slope(loss(test), params.values())
-            if mode == 'restore' or k == 0:
-                for p, s in zip(params.values(), start): p.data.copy_(s)
+        # the fused attention has no second derivative
+        with sdpa_kernel(SDPBackend.MATH) if order == 2 else nullcontext():
+            inner = _slope(learner, loss(train), params.values(), create_graph=order == 2)
+        answer = partial(loss, test)
+        if mode == 'clean': outer = _lent_step(learner, params, inner, lr, answer, order)
+        else: outer = _taken_step(learner, params, inner, optimizer, answer)
+        if mode == 'restore' or mode == 'reference' and k == 0:
+            for p, s in zip(params.values(), start): p.data.copy_(s)
         total = [t+g for t, g in zip(total, outer)]
     with torch.no_grad():
         for p, t in zip(params.values(), total): p -= mu*lr*t
@@ -110,39 +138,55 @@ def rehearse(learner:PromptLearner, optimizer, episodes:list[Episode],
     return total
 
 # %% ../nbs/16_metaprompt.ipynb #16-020
-TEMPLATES = dict(oxford_pets='a photo of a {}, a type of pet', oxford_flowers='a photo of a {}, a type of flower', food101='a photo of a {}, a type of food',
-    fgvc_aircraft='a photo of a {}, a type of aircraft', dtd='{} texture', eurosat='a centered satellite photo of {}', ucf101='a photo of a person doing {}',
-    imagenet=['itap of a {}', 'a bad photo of the {}', 'a origami {}', 'a photo of the large {}', 'a {} in a video game', 'art of the {}', 'a photo of the small {}', 'a photo of a {}'])
+TEMPLATES = dict(
+    oxford_pets='a photo of a {}, a type of pet',
+    oxford_flowers='a photo of a {}, a type of flower',
+    food101='a photo of a {}, a type of food',
+    fgvc_aircraft='a photo of a {}, a type of aircraft',
+    dtd='{} texture',
+    eurosat='a centered satellite photo of {}',
+    ucf101='a photo of a person doing {}',
+    imagenet=['itap of a {}', 'a bad photo of the {}', 'a origami {}', 'a photo of the large {}',
+              'a {} in a video game', 'art of the {}', 'a photo of the small {}',
+              'a photo of a {}'],
+)
 
 # %% ../nbs/16_metaprompt.ipynb #16-022
 class TwoPairs(ZeroShot):
-    "A frozen and a prompted pair of encoders under the asymmetric loss: MetaPrompt without its episodes (Zhao et al. 2024, main figure)"
+    """A frozen and a prompted pair of encoders under the asymmetric loss
+
+    MetaPrompt without its episodes (Zhao et al. 2024, main figure)."""
     method, learns_text, learns_image, reads = 'two-pairs', True, True, ('frozen',)
 
     def __init__(self, backbone:Backbone, classnames:list[str],
-        n_ctx:int=2,                         # text tokens per block; 4 for domain generalisation
-        n_visual:int=2,                      # image tokens per block; 4 for domain generalisation
-        depth:int|None=None,                 # blocks with tokens of their own, J; None means all
-        templates:str|list[str]|None=None,   # of the frozen classifier; None: "a photo of a {}", or in training the data set's
+        n_ctx:int=2,         # text tokens per block; 4 for domain generalisation
+        n_visual:int=2,      # image tokens per block; 4 for domain generalisation
+        depth:int|None=None, # blocks with tokens of their own, J; None means all
+        templates:str|list[str]|None=None, # frozen; None: "a photo of a {}", in training the data's
         seed:int=0,
     ):
         super().__init__(backbone, classnames, templates or 'a photo of a {}')
-        self.hparams = dict(n_ctx=n_ctx, n_visual=n_visual, depth=depth, templates=templates, seed=seed)
+        self.hparams = dict(n_ctx=n_ctx, n_visual=n_visual, depth=depth,
+                            templates=templates, seed=seed)
         J = check_depth(depth, min(backbone.text_layers, backbone.vision_layers), 'smaller')
-        self.ctx, self.visual_ctx = Prompts(n_ctx, backbone.text_width, J, seed=seed), Prompts(n_visual, backbone.vision_width, J, seed=seed+1)
+        self.ctx = Prompts(n_ctx, backbone.text_width, J, seed=seed)
+        self.visual_ctx = Prompts(n_visual, backbone.vision_width, J, seed=seed+1)
         self.sentences = place(backbone, self.classnames, n_ctx)
 
     def choose(self, data:DataSet) -> 'TwoPairs':
         "The same with the data set's templates, if none were given"
-        return self if self.hparams['templates'] else type(self)(self.backbone, self.classnames, **self.hparams | dict(templates=TEMPLATES.get(data.name)))
+        if self.hparams['templates']: return self
+        hparams = self.hparams | dict(templates=TEMPLATES.get(data.name))
+        return type(self)(self.backbone, self.classnames, **hparams)
 
-    def classifier(self) -> Tensor: # W: [C, E], unit rows
+    def classifier(self) -> Tensor: # [C, E], unit rows
         "The frozen text features"
         return super().text_features()
 
-    def prompted_text(self, classes:Tensor|None=None) -> Tensor: # g: [C', E], unit rows
+    def prompted_text(self, classes:Tensor|None=None) -> Tensor: # [C', E], unit rows
         "Text features with prompts, of all classes or of some"
-        return F.normalize(self.text(self.sentences if classes is None else self.sentences.only(classes), self.ctx), dim=-1)
+        sentences = self.sentences if classes is None else self.sentences.only(classes)
+        return F.normalize(self.text(sentences, self.ctx), dim=-1)
 
     def prompted_image(self, images:Tensor) -> Tensor: # [B, E], unit rows
         return F.normalize(self.vision(images, self.visual_ctx), dim=-1)
@@ -151,21 +195,27 @@ class TwoPairs(ZeroShot):
         return torch.cat([self.classifier(), self.prompted_text()], -1)*.5**.5
 
     def image_features(self, images:Tensor) -> Tensor: # [B, 2E], unit rows
-        return torch.cat([self.prompted_image(images), Classifier.image_features(self, images)], -1)*.5**.5
+        frozen = Classifier.image_features(self, images)
+        return torch.cat([self.prompted_image(images), frozen], -1)*.5**.5
 
     def loss_terms(self, images:Tensor, labels:Tensor,
-        frozen:Tensor|None=None,    # x: [B, E] frozen features of these images, if they are known
-        domains:Tensor|None=None,   # [B], for those who read them
+        frozen:Tensor|None=None,  # [B, E] frozen features of these images, if they are known
+        domains:Tensor|None=None, # [B], for those who read them
     ) -> dict[str, Tensor]:
-        s, x = self.backbone.logit_scale, Classifier.image_features(self, images) if frozen is None else frozen
-        l_i, l_t = s*self.prompted_image(images) @ self.classifier().T, s*x @ self.prompted_text().T
-        return {f'ce_{k}': F.cross_entropy(l, labels) for k, l in dict(mix=(l_i+l_t)/2, image=l_i, text=l_t).items()}
+        if frozen is None: frozen = Classifier.image_features(self, images)
+        s = self.backbone.logit_scale
+        l_i = s*self.prompted_image(images) @ self.classifier().T  # [B, C]
+        l_t = s*frozen @ self.prompted_text().T
+        maps = dict(mix=(l_i+l_t)/2, image=l_i, text=l_t)
+        return {f'ce_{k}': F.cross_entropy(l, labels) for k, l in maps.items()}
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
         "Eight epochs of 16 images; for domain generalisation six of 32"
-        domain = setting == 'domain-generalisation'
-        return Recipe(lr=.0015, epochs=6 if domain else 8, batch_size=32 if domain else 16, source=f"MetaPrompt repository, configuration of {'domain generalisation' if domain else 'base-to-new'}")
+        source = 'MetaPrompt repository, configuration of '
+        if setting == 'domain-generalisation':
+            return Recipe(lr=.0015, epochs=6, batch_size=32, source=source+'domain generalisation')
+        return Recipe(lr=.0015, epochs=8, batch_size=16, source=source+'base-to-new')
 
     @classmethod
     def published(cls, setting='few-shot', shots=16, dataset='') -> dict:
@@ -177,62 +227,81 @@ class MetaPrompt(TwoPairs):
     method = 'metaprompt'
 
     def __init__(self, backbone:Backbone, classnames:list[str],
-        n_ctx:int=2, n_visual:int=2, depth:int|None=None, templates:str|list[str]|None=None,   # as in TwoPairs
-        split:str|None=None,     # 'class' or 'domain'; None: 'class', or in training what the data set suggests
-        mode:str='reference',    # of the episodes: 'reference', 'restore' or 'clean'
-        order:int=1,             # 2 differentiates through the trial step
-        mu:float=.2,             # weight of the outer step
+        n_ctx:int=2, n_visual:int=2, depth:int|None=None, # as in `TwoPairs`
+        templates:str|list[str]|None=None,
+        split:str|None=None,  # 'class', 'domain'; None: 'class', in training what the data suggests
+        mode:str='reference', # of the episodes: 'reference', 'restore' or 'clean'
+        order:int=1,          # 2 differentiates through the trial step
+        mu:float=.2,          # weight of the outer step
         seed:int=0,
     ):
-        if split not in (None, 'class', 'domain'): raise ValueError(f"split is 'class' or 'domain', not '{split}'")
+        if split not in (None, 'class', 'domain'):
+            raise ValueError(f"split is 'class' or 'domain', not '{split}'")
         _check(mode, order)
         super().__init__(backbone, classnames, n_ctx, n_visual, depth, templates, seed)
         self.hparams |= dict(split=split, mode=mode, order=order, mu=mu)
-        self.groups = None       # of classes for the next step; None: drawn anew
+        self.groups = None  # of classes for the next step; None: drawn anew
 
     @property
-    def reads(self) -> tuple[str, ...]: return ('frozen', 'domains') if self.hparams['split'] == 'domain' else ('frozen',)
+    def reads(self) -> tuple[str, ...]:
+        return ('frozen', 'domains') if self.hparams['split'] == 'domain' else ('frozen',)
 
     def choose(self, data:DataSet) -> 'MetaPrompt':
         "The same with the data set's templates and split, where none were given"
-        chosen = dict(templates=TEMPLATES.get(data.name), split='domain' if data.by_domain else 'class')
-        return type(self)(self.backbone, self.classnames, **self.hparams | {k: v for k, v in chosen.items() if self.hparams[k] is None})
+        split = 'domain' if data.by_domain else 'class'
+        suits = dict(templates=TEMPLATES.get(data.name), split=split)
+        missing = {k: v for k, v in suits.items() if self.hparams[k] is None}
+        return type(self)(self.backbone, self.classnames, **self.hparams | missing)
 
     def episode_loss(self, part:Part, images:Tensor, labels:Tensor, frozen:Tensor) -> Tensor:
-        "CE(l_t) among a group of classes, or CE(l_i) among all"
-        f, t = (self.prompted_image(images[part.rows]), self.classifier()) if part.classes is None else (frozen[part.rows], self.prompted_text(part.classes))
+        "Text prompts among a group of classes, or image prompts among all"
+        if part.classes is None: f, t = self.prompted_image(images[part.rows]), self.classifier()
+        else: f, t = frozen[part.rows], self.prompted_text(part.classes)
         return F.cross_entropy(self.backbone.logit_scale*f @ t.T, part.among(labels))
 
     def training_step(self, batch:tuple[Tensor, ...], optimizer) -> float:
-        "An ordinary step, then one outer step over the episodes of this batch; returns the loss before both"
-        loss, (images, labels, *rest), h = super().training_step(batch, optimizer), batch, self.hparams
+        """An ordinary step, then one outer step over the episodes of this batch
+
+        Returns the loss before both."""
+        value, h = super().training_step(batch, optimizer), self.hparams
+        images, labels, *rest = batch
         frozen = rest[0] if rest else Classifier.image_features(self, images)
-        if h['split'] == 'domain': episodes = domain_episodes(rest[1])
-        else: episodes = class_episodes(labels, self.groups or class_groups(len(self.classnames)))
-        names = ['visual_ctx.tokens'] if h['split'] == 'domain' else ['ctx.tokens']
-        rehearse(self, optimizer, episodes, lambda part: self.episode_loss(part, images, labels, frozen), names, h['mode'], h['order'], h['mu'])
-        return loss
+        if h['split'] == 'domain': episodes, names = domain_episodes(rest[1]), ['visual_ctx.tokens']
+        else:
+            groups = self.groups or class_groups(len(self.classnames))
+            episodes, names = class_episodes(labels, groups), ['ctx.tokens']
+        loss = partial(self.episode_loss, images=images, labels=labels, frozen=frozen)
+        rehearse(self, optimizer, episodes, loss, names, h['mode'], h['order'], h['mu'])
+        return value
 
 # %% ../nbs/16_metaprompt.ipynb #16-033
 def episodic(
     learner:PromptLearner,
-    split:str='class',     # or 'domain'
-    mode:str='clean', order:int=1, mu:float=.2,  # as in `rehearse`
+    split:str='class', # or 'domain'
+    mode:str='clean', order:int=1, mu:float=.2, # as in `rehearse`
 ) -> PromptLearner: # the same learner
-    "From now on, episodes follow each training step of the learner. All its parameters rehearse, with the cross-entropy"
-    if split not in ('class', 'domain'): raise ValueError(f"split is 'class' or 'domain', not '{split}'")
+    """From now on, episodes follow each training step of the learner
+
+    All its parameters rehearse, with the cross-entropy."""
+    if split not in ('class', 'domain'):
+        raise ValueError(f"split is 'class' or 'domain', not '{split}'")
     _check(mode, order)
-    step, n, names = learner.training_step, 2+len(learner.reads), [k for k, _ in learner.named_parameters()]
+    step, n_read = learner.training_step, 2+len(learner.reads)
+    names = [k for k, _ in learner.named_parameters()]
     if split == 'domain': learner.reads = (*learner.reads, 'domains')
 
     def training_step(batch:tuple[Tensor, ...], optimizer) -> float:
-        value, (images, labels), C = step(batch[:n], optimizer), batch[:2], len(learner.classnames)
+        value, (images, labels) = step(batch[:n_read], optimizer), batch[:2]
         def loss(part):
-            logits = learner(images[part.rows])                                             # [b, C]
-            return F.cross_entropy(logits if part.classes is None else logits[:, part.classes], part.among(labels))
-        episodes = domain_episodes(batch[-1]) if split == 'domain' else class_episodes(labels, class_groups(C))
+            logits = learner(images[part.rows])  # [b, C]
+            if part.classes is not None: logits = logits[:, part.classes]
+            return F.cross_entropy(logits, part.among(labels))
+        if split == 'domain': episodes = domain_episodes(batch[-1])
+        else: episodes = class_episodes(labels, class_groups(len(learner.classnames)))
         rehearse(learner, optimizer, episodes, loss, names, mode, order, mu)
         return value
-    training_step.settings = dict(split=split, mode=mode, order=order, mu=mu)                # part of a checkpoint's identity
+
+    # part of a checkpoint's identity
+    training_step.settings = dict(split=split, mode=mode, order=order, mu=mu)
     learner.training_step = training_step
     return learner
