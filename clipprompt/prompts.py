@@ -18,38 +18,45 @@ from .backbone import Backbone
 
 # %% ../nbs/02_prompts.ipynb #02-007
 class Given:
-    "Tokens that something else made, layer by layer, and the rule for what enters the prompt slots before each block"
+    "Tokens that something else made, and the rule for what enters the slots before each block"
     per_class = False   # does a class have tokens of its own?
 
     def __init__(self, tokens): self.tokens = tokens # J tensors, or one with J in front
 
     def enter(self, layer:int, carried:Tensor|None) -> Tensor:
-        "Deep prompts (Jia et al. 2022, eq. 4 and 5): fresh tokens for the first J blocks, then whatever came out"
+        """Fresh tokens for the first J blocks, then whatever came out
+
+        Deep prompts, Jia et al. 2022, eq. 4 and 5.
+        """
         return self.tokens[layer] if layer < len(self.tokens) else carried
 
+# %% ../nbs/02_prompts.ipynb #02-007c
 class Prompts(Given, nn.Module):
     "The same with tokens that are learned"
     def __init__(self,
-        n:int,                # prompt slots
-        width:int,            # width D of the tower they enter
-        depth:int=1,          # blocks that get tokens of their own, J; 1 is a shallow prompt
-        n_classes:int|None=None, # a set of tokens for each class (class-specific context) instead of one for all
-        std:float=0.02,       # of the normal initialisation
-        seed:int=0,           # of the initialisation: equal seeds, equal tokens
+        n:int,           # prompt slots
+        width:int,       # width D of the tower they enter
+        depth:int=1,     # blocks that get tokens of their own, J; 1 is a shallow prompt
+        n_classes:int|None=None, # a set of tokens for each class instead of one for all
+        std:float=0.02,  # of the normal initialisation
+        seed:int=0,      # of the initialisation: equal seeds, equal tokens
     ):
-        if n < 1 or depth < 1: raise ValueError(f'a prompt has at least one token and one layer, not {n} and {depth}')
+        if n < 1 or depth < 1:
+            raise ValueError(f'a prompt has at least one token and one layer, not {n} and {depth}')
         nn.Module.__init__(self)
         self.per_class = n_classes is not None
         shape = (depth, n_classes, n, width) if self.per_class else (depth, n, width)
-        generator = torch.Generator().manual_seed(seed)
-        self.tokens = nn.Parameter(torch.randn(shape, generator=generator)*std)  # [J, n, D] or [J, C, n, D]
+        start = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        self.tokens = nn.Parameter(start*std)  # [J, n, D] or [J, C, n, D]
 
 # %% ../nbs/02_prompts.ipynb #02-015
-def phrase_tokens(backbone:Backbone, phrase:str) -> Tensor: # [M, d_t]
+def phrase_tokens(backbone:Backbone, phrase:str) -> Tensor: # [M, D_t]
     "Embeddings of a phrase's tokens, without SOT and EOT; underscores count as spaces"
     ids = backbone.tokenize([phrase.replace('_', ' ')])[0]
     m = int(ids.argmax())-1
-    if m < 1: raise ValueError('the initial phrase is empty; give words such as "a photo of a", or None for a random start')
+    if m < 1:
+        raise ValueError('the initial phrase is empty; give words such as "a photo of a", '
+                         'or None for a random start')
     return backbone.embed(ids[1:1+m]).detach().clone()
 
 # %% ../nbs/02_prompts.ipynb #02-019
@@ -72,21 +79,24 @@ class Sentences:
 
     @cached_property
     def shared(self) -> int:
-        "How many first positions all sentences have in common, their slots included; 0 if a slot lies outside"
-        same = (self.ids == self.ids[:1]).all(0).long()                             # [L]
-        n = min(int(same.cumprod(0).sum()), int(self.eot.min()))                    # EOT itself always stays with its class
-        aligned = bool((self.slots == self.slots[:1]).all()) and bool((self.slots < n).all())
+        "How many first positions all have in common, slots included; 0 if a slot lies outside"
+        same = (self.ids == self.ids[:1]).all(0).long()              # [L]
+        n = min(int(same.cumprod(0).sum()), int(self.eot.min()))     # EOT stays with its class
+        aligned = (self.slots == self.slots[:1]).all() and (self.slots < n).all()
         return n if aligned else 0
 
     @cached_property
     def lengths(self) -> list[int]: # C
         "Lengths up to EOT, and to the last slot"
-        return (torch.cat([self.eot[:, None], self.slots], 1).max(1).values + 1).tolist()
+        used = torch.cat([self.eot[:, None], self.slots], 1)         # [C, 1+n]
+        return (used.max(1).values + 1).tolist()
 
     def packs(self, size:int) -> list['Pack']:
         "The rows behind the shared ones, `size` sentences at a time; made once"
         made = self.__dict__.setdefault('_packs', {})
-        if size not in made: made[size] = [Pack.of(*c, self.shared) for c in zip(self.ids.split(size), self.eot.split(size))]
+        if size not in made:
+            chunks = zip(self.ids.split(size), self.eot.split(size))
+            made[size] = [Pack.of(ids, eot, self.shared) for ids, eot in chunks]
         return made[size]
 
 # %% ../nbs/02_prompts.ipynb #02-021
@@ -95,37 +105,64 @@ class Pack:
     "Rows of C sentences, one after the other: nothing is padded"
     ids:Tensor   # [R] token ids
     at:Tensor    # [R] their positions in the context
-    place:Tensor # [R] where they stand in [C, S], flattened, if each sentence is padded to the longest
+    place:Tensor # [R] where they stand in the flattened rectangle
     last:Tensor  # [C] which of the R rows is EOT
-    shape:tuple[int, int] # C, S
+    shape:tuple[int, int] # of the rectangle: C, rows of the longest sentence
 
     @classmethod
     def of(cls, ids:Tensor, eot:Tensor, start:int) -> 'Pack': # [C, L], [C]
         "Rows from position `start` up to EOT"
-        own = torch.arange(start, int(eot.max())+1, device=ids.device) <= eot[:, None]          # [C, S]
-        sentence, column = own.nonzero(as_tuple=True)                                          # [R]
+        columns = torch.arange(start, int(eot.max())+1, device=ids.device)
+        own = columns <= eot[:, None]                        # the rectangle: [C, longest]
+        sentence, column = own.nonzero(as_tuple=True)        # [R]
         at = column + start
-        return cls(ids[sentence, at], at, sentence*own.shape[1]+column, own.sum(1).cumsum(0)-1, tuple(own.shape))
+        place = sentence*own.shape[1] + column
+        last = own.sum(1).cumsum(0) - 1
+        return cls(ids[sentence, at], at, place, last, tuple(own.shape))
 
 # %% ../nbs/02_prompts.ipynb #02-025
 def clean_names(classnames) -> list[str]:
-    "Underscores to spaces; an empty list or an empty name is a ValueError, a name given twice a warning"
+    """Class names with underscores as spaces
+
+    An empty list or an empty name is a ValueError, a name given twice a warning.
+    """
     names = [str(c).replace('_', ' ').strip() for c in classnames]
     if not names: raise ValueError('no class names: give at least one')
-    if '' in names: raise ValueError(f'class name number {names.index("")+1} is empty; name every class (folder names become class names)')
-    if twice := [n[:40] for n, k in Counter(names).items() if k > 1]:
+    if '' in names:
+        raise ValueError(f'class name number {names.index("")+1} is empty; '
+                         'name every class (folder names become class names)')
+    twice = [repr(n[:40]) for n, k in Counter(names).items() if k > 1]
+    if twice:
         more = f' and {len(twice)-5} more' if twice[5:] else ''
-        warnings.warn(f"given to several classes, which cannot be told apart: {', '.join(map(repr, twice[:5]))}{more}; give every class a name of its own (underscores count as spaces)", stacklevel=2)
+        warnings.warn('given to several classes, which cannot be told apart: '
+                      f"{', '.join(twice[:5])}{more}; give every class a name of its own "
+                      '(underscores count as spaces)', stacklevel=2)
     return names
 
 # %% ../nbs/02_prompts.ipynb #02-027
 def _order(position:str, M:int, n_name:int, length:int) -> list[int]:
     "Old positions in their new order"
-    context, name = list(range(1, M+1)), list(range(M+1, M+1+n_name))
-    h = M//2
-    head = {'end': context+name, 'middle': context[:h]+name+context[h:], 'front': name+context}[position]
+    context, name, half = list(range(1, M+1)), list(range(M+1, M+1+n_name)), M//2
+    head = {'end': context + name,
+            'middle': context[:half] + name + context[half:],
+            'front': name + context}[position]
     return [0, *head, *range(M+1+n_name, length)]
 
+def _check_room(backbone, names, words, n_ctx, position):
+    encode, room = backbone.tokenizer.encode, backbone.context_length
+    held = len(encode(words))
+    if n_ctx > held: raise ValueError(f'"{words}" holds {held} places, not {n_ctx}; '
+                                      'give more words or fewer prompt tokens')
+    if n_ctx < held and position != 'end':
+        raise ValueError("words longer than the slots work with position 'end' only, "
+                         f"not '{position}'")
+    for n in names:
+        need = len(encode(f'{words} {n}.')) + 2  # with SOT and EOT
+        if need > room:
+            raise ValueError(f"class '{n[:40]}' with {n_ctx} prompt tokens needs {need} places but "
+                             f'the context holds {room}; shorten the name or the prompt')
+
+# %% ../nbs/02_prompts.ipynb #02-027c
 def place(
     backbone:Backbone,
     classnames:list[str],
@@ -133,16 +170,19 @@ def place(
     position:str='end',    # 'end', 'middle' or 'front': where the class name stands
     words:str|None=None,   # the words that hold the places; "X X ... X" by default
 ) -> Sentences:
-    "Sentences `words name.` with their first n_ctx words as slots (Zhou et al. 2022, eq. 2 and 3). Raises ValueError if one does not fit the context"
-    if position not in ('end', 'middle', 'front'): raise ValueError(f"unknown position '{position}'; use 'end', 'middle' or 'front'")
+    """Sentences `words name.` with their first n_ctx words as slots
+
+    Zhou et al. 2022, eq. 2 and 3. Raises ValueError if one does not fit the context.
+    """
+    if position not in ('end', 'middle', 'front'):
+        raise ValueError(f"unknown position '{position}'; use 'end', 'middle' or 'front'")
     words = (words or ' '.join('X'*n_ctx)).replace('_', ' ')
-    names, held = clean_names(classnames), len(backbone.tokenizer.encode(words))
-    if n_ctx > held: raise ValueError(f'"{words}" holds {held} places, not {n_ctx}; give more words or fewer prompt tokens')
-    if n_ctx < held and position != 'end': raise ValueError(f"words longer than the slots work with position 'end' only, not '{position}'")
-    for n in names:
-        if (need := len(backbone.tokenizer.encode(f'{words} {n}.'))+2) > backbone.context_length:
-            raise ValueError(f"class '{n[:40]}' with {n_ctx} prompt tokens needs {need} places but the context holds {backbone.context_length}; shorten the name or the prompt")
-    ids = backbone.tokenize([f'{words} {n}.' for n in names])                    # [C, L]
-    order = torch.tensor([_order(position, n_ctx, len(backbone.tokenizer.encode(n)), ids.shape[1]) for n in names], device=ids.device)
-    slot = (order >= 1) & (order <= n_ctx)                                       # [C, L]
-    return Sentences(ids.gather(1, order), slot.nonzero()[:, 1].view(len(ids), n_ctx), ids.argmax(-1))
+    names = clean_names(classnames)
+    _check_room(backbone, names, words, n_ctx, position)
+    ids = backbone.tokenize([f'{words} {n}.' for n in names])                # [C, L]
+    lengths = [len(backbone.tokenizer.encode(n)) for n in names]
+    orders = [_order(position, n_ctx, n, ids.shape[1]) for n in lengths]
+    order = torch.tensor(orders, device=ids.device)                          # [C, L]
+    is_slot = (order >= 1) & (order <= n_ctx)
+    slots = is_slot.nonzero()[:, 1].view(len(ids), n_ctx)                    # [C, M]
+    return Sentences(ids.gather(1, order), slots, ids.argmax(-1))
