@@ -79,7 +79,13 @@ def test_several_shots_make_a_curve():
     "One line per method through its means over seeds; with one number of shots a dot per seed"
     rows = pd.DataFrame([dict(task='t', method=m, shots=k, seed=s, accuracy=10*k+s) for m in ('coop', 'vpt') for k in (1, 2, 4) for s in (1, 2)])
     assert plot(rows.assign(new=rows.accuracy.where(rows.method == 'coop')))                       # a probe has no new classes
-    ax = plot(rows).axes[0]
-    assert [l.get_label() for l in ax.lines] == ['coop', 'vpt'] and all(l.get_xdata().tolist() == [1, 2, 4] and l.get_ydata().tolist() == [11.5, 21.5, 41.5] for l in ax.lines) and ax.get_xscale() == 'log'
+    fig = plot(rows)
+    ax, drawn = fig.axes[0], [line for line in fig.axes[0].lines if len(line.get_xdata())]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ['coop', 'vpt'] and ax.get_xscale() == 'log'
+    assert [line.get_color() for line in drawn] == [colour('coop'), colour('vpt')]
+    for line in drawn: assert line.get_xdata().tolist() == [1, 2, 4] and line.get_ydata().tolist() == [11.5, 21.5, 41.5]
     ax = plot(rows[rows.shots == 2]).axes[0]
-    assert ax.get_title(loc='left') == 't, 2 shots: accuracy' and sorted(ax.lines[0].get_xdata().tolist()) == [21, 22] and ax.lines[1].get_xdata()[0] == 21.5
+    assert ax.get_title(loc='left') == 't, 2 shots: accuracy' and [t.get_text() for t in ax.get_yticklabels()] == ['coop', 'vpt']
+    dots, bars = ax.collections, [line.get_xdata() for line in ax.lines]
+    assert [sorted(d.get_offsets()[:, 0].tolist()) for d in dots] == [[21, 22]]*2
+    assert [b[np.isfinite(b)].tolist() for b in bars] == [[21.5]]*2
