@@ -1,106 +1,164 @@
 #!/usr/bin/env python3
 """Prepare one notebook for the book: Quarto pipes its JSON in and takes what this prints (`ipynb-filters`).
 
-nbdev's own processors, with four changes that a book needs:
+The code is the text here. nbdev's own processors replace exported cells by documentation made from them, and lose
+what stands in a title's cell below the title; a book shows both. So this takes nbdev's directives and goes its own way:
 
-- exported cells stay visible (nbdev replaces `#| export` cells by their documentation; here the code is the text, and
-  the documentation of its names, in their order, stands before it);
-- nothing but `show_doc` runs, with the names of the exported module (nbdev runs exported cells, which then cannot
-  name later ones in their annotations, and every cell that has an import in it, training included);
-- names in backticks link to this package only, not to whichever nbdev libraries are installed;
-- those links are relative, to the notebook that defines the name, so they work offline and in previews.
-
-Runs in the notebook's folder.
+- the title becomes the page's, all below it stays; links to the notebook's source, file and Colab follow the title;
+- hidden cells go, exported cells stay, each once, under the names that it defines: these are what others link to;
+- cells of imports are folded, flagged cells say what the flag means;
+- names in backticks link to the chapter that defines them, relative, so that links work offline and in previews;
+- a figure's caption is also its alternative text.
 """
-import importlib
-import os
+import ast
+import json
 import re
 import sys
-import warnings
-from contextlib import redirect_stdout
 from pathlib import Path
 
-from execnb.nbio import dict2nb, nb2str
-from fastcore.xtras import loads
+import yaml
+from execnb.nbio import mk_cell
 from nbdev.config import get_config
-from nbdev.doclinks import NbdevLookup, nbglob
-from nbdev.process import Processor
-from nbdev.processors import FilterDefaults, add_links, exec_show_docs, mv_exports
+from nbdev.process import extract_directives
+
+sys.path.insert(0, str(Path(__file__).parent))
+from names import default_exp, defined, names, repository  # noqa: E402
+
+HIDDEN = {'hide', 'default_exp'}
+FLAGS = {
+    'slow': 'slow: runs for minutes on two cores; the output below is stored',
+    'gpu': 'gpu: needs a CUDA device; the output below is stored',
+}
+# Names of other chapters link only where they can't be mistaken: with a capital or an underscore, or one of these.
+PLAIN = {'fit', 'evaluate', 'compare', 'sweep', 'assets'}
+NOT_OURS = {'encode_text', 'encode_image', 'state_dict'}   # open_clip's and PyTorch's, whatever chapters define
+
+BACKTICKS = re.compile(r'(?<![\[`\w])`([A-Za-z_]\w*)((?:\.\w+)*)(\(\))?`(?![`\]])')
 
 
-def show_exports(nb):
-    "`#| export` means `#| exports` on the page: documentation of the names, then the code"
-    for c in nb.cells:
-        if c.cell_type == 'code': c.source = re.sub(r'^#\|\s*export(?=\s|$)', '#| exports', c.source, flags=re.M)
+def markdown(text, cell_id): return dict(cell_type='markdown', id=cell_id, metadata={}, source=text)
 
 
-def relink(md, base, pages):
-    "Turn `{base}/backbone.html#x` into `01_backbone.ipynb#x`, which Quarto resolves to that notebook's page"
-    def to_nb(m): return pages[m[1]] + (m[2] or '') if m[1] in pages else m[0]
-    # a method has no heading of its own: `#class.method` leads to the class
-    return re.sub(re.escape(base) + r'/?([\w.-]+\.html)(#\w+)?(?:\.\w+)*', to_nb, md)
+def source(cell): return cell['source'] if isinstance(cell['source'], str) else ''.join(cell['source'])
 
 
-def own_links(cell):
-    "Link names of this package in prose and in documentation"
-    cfg = get_config()
-    look = NbdevLookup(incl_libs=cfg.lib_name)
-    base = cfg.doc_host.rstrip('/') + cfg.doc_baseurl.rstrip('/')
-    # nbdev names a page after its notebook, less the number in front
-    pages = {re.sub(r'^\d+[a-zA-Z0-9]*_', '', p.stem)+'.html': p.name for p in nbglob(as_path=True)}
-    if cell.cell_type == 'markdown' and cell.source:
-        cell.source = relink(look.linkify(cell.source), base, pages)
-    for o in cell.get('outputs') or []:
-        md = (o.get('data') or {}).get('text/markdown')
-        if md: o['data']['text/markdown'] = [relink(look.link_line(s), base, pages) for s in ([md] if isinstance(md, str) else md)]
+def page_links(notebook):
+    "Where a reader gets the chapter itself"
+    branch = get_config().branch
+    colab = repository().replace('https://github.com', 'https://colab.research.google.com/github')
+    links = {
+        'View source': f'{repository()}/blob/{branch}/nbs/{notebook}',
+        'Download notebook': f'{repository()}/raw/{branch}/nbs/{notebook}',
+        'Open in Colab': f'{colab}/blob/{branch}/nbs/{notebook}',
+        'Edit': f'{repository()}/edit/{branch}/nbs/{notebook}',
+    }
+    return '::: {.page-links}\n' + '\n'.join(f'[{text}]({url})' for text, url in links.items()) + '\n:::'
 
 
-class ExecDocs(exec_show_docs):
-    "Run `show_doc`, with the names of the module that the notebook exports"
-    def begin(self):
-        super().begin()
-        mod = next((c.directives_['default_exp'][0] for c in self.nb.cells if 'default_exp' in getattr(c, 'directives_', {})), None)
-        if mod is None: return
-        names = vars(importlib.import_module(f'{get_config().lib_name}.{mod}'))
-        self.k.user_ns.update({k: v for k, v in names.items() if not k.startswith('__')})
-
-    def __call__(self, cell):
-        if cell.cell_type == 'code' and 'show_doc(' in (cell.source or ''): super().__call__(cell)
+def title(cells, notebook):
+    "Title and subtitle of the first cell as the page's own; what follows them stays text"
+    head = re.match(r'# (?P<title>.+)\n*(?:> (?P<subtitle>.+)\n*)?', source(cells[0]))
+    if cells[0]['cell_type'] != 'markdown' or not head: return cells
+    meta = {k: v for k, v in head.groupdict().items() if v}
+    front = dict(cell_type='raw', id='front', metadata={}, source=f'---\n{yaml.safe_dump(meta, allow_unicode=True, width=1000, sort_keys=False)}---')
+    intro = markdown(page_links(notebook) + '\n\n' + source(cells[0])[head.end():], cells[0].get('id', 'intro'))
+    return [front, intro, *cells[1:]]
 
 
-class DocsFirst(Processor):
-    "The documentation of all names of a cell, then its code (nbdev moves only one of them)"
-    def begin(self):
-        cells, out = list(self.nb.cells), []
-        while cells:
-            code, docs = cells.pop(0), []
-            if code.cell_type == 'code' and 'exports' in code.directives_:
-                while cells and getattr(cells[0], 'has_sd', False): docs.insert(0, cells.pop(0))
-            out += docs + [code]
-        self.nb.cells[:] = out
+def only_imports(code):
+    "Does a cell do nothing but import?"
+    statements = ast.parse(code).body
+    return bool(statements) and all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements)
 
 
-class BookFilter(FilterDefaults):
-    def base_procs(self):
-        ours = {add_links: own_links, exec_show_docs: ExecDocs, mv_exports: DocsFirst}
-        return [ours.get(p, p) for p in super().base_procs()]
+def heads(code, module):
+    "Anchors of the names that an exported cell defines, each with a link to its line in the package"
+    found = []
+    for name, _, _ in defined(ast.parse(code)):
+        here = [d for d in names().get(name, []) if d.module == module]
+        if here: found.append(f'[`{name}`]{{#{name}}} [source]({here[0].source}){{.source}}')
+    return '::: {.defines}\n' + '\n'.join(found) + '\n:::' if found else ''
 
 
-def filter_nb(txt, path):
-    nb = dict2nb(loads(txt))
-    nb.path_ = path
-    show_exports(nb)
-    BookFilter()(nb)
-    return nb2str(nb)
+def alternative(caption):
+    "A caption as plain text in quotes"
+    plain = re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', caption).replace('`', '').replace('*', '')
+    return json.dumps(plain, ensure_ascii=False)
 
 
-if __name__ == '__main__':
-    os.environ['IN_TEST'] = '1'  # a cell that calls nbdev_export() does nothing
-    warnings.simplefilter('ignore')
-    sys.path.insert(0, str(get_config().config_path))  # this checkout's package, whatever is installed
+def code_cell(cell, module):
+    "The cells that a page shows for one cell of code"
+    mine = mk_cell(source(cell), 'code')
+    directives = extract_directives(mine)
+    if HIDDEN & directives.keys(): return []
+    options = re.match(r'(?:#\|.*\n?)*', mine.source)[0]
+    code = mine.source[len(options):]
+    before = [markdown(f'[{text}]{{.flag}}', f'{cell["id"]}-{flag}') for flag, text in FLAGS.items() if flag in directives]
+    if {'export', 'exporti', 'exports'} & directives.keys():
+        anchors = heads(code, module)
+        if anchors: before.append(markdown(anchors, f'{cell["id"]}-names'))
+    is_code = not re.search(r'^\s*[%!]', code, re.M)
+    if is_code and only_imports(code): options += '#| code-fold: true\n#| code-summary: "Imports"\n'
+    caption = re.search(r'^#\| fig-cap:\s*(.*)$', options, re.M)
+    if caption and 'fig-alt:' not in options: options += f'#| fig-alt: {alternative(yaml.safe_load(caption[1]))}\n'
+    return [*before, dict(cell, source=options + code)]
+
+
+def target(name, notebook):
+    "The chapter that a name in backticks means, as a link; None if it may mean something else"
+    found = names().get(name, [])
+    if any(d.notebook == notebook for d in found): return f'#{name}'
+    unmistakable = name in PLAIN or '_' in name or not name.islower()
+    if len(found) != 1 or not unmistakable or name in NOT_OURS: return None
+    return f'{found[0].notebook}#{name}'
+
+
+def link(match, notebook):
+    "A name in backticks, linked if it is ours; what stands behind a dot may belong to a class, else to a file's name"
+    to = target(match[1], notebook) if not match[2] or match[1][0].isupper() else None
+    return f'[{match[0]}]({to})' if to else match[0]
+
+
+def heading(line, notebook):
+    "A heading of one word that is also a name of this page: the name keeps the address"
+    word = re.fullmatch(r'#+ `?(\w+)`?', line.strip())
+    here = word and any(d.notebook == notebook for n in (word[1], word[1].lower()) for d in names().get(n, []))
+    return f'{line.rstrip()} {{#about-{word[1].lower()}}}' if here else line
+
+
+def linked(md, notebook):
+    "Markdown whose names link, outside of headings, links and fenced code"
+    out, fence = [], ''
+    for line in md.splitlines():
+        ticks = re.match(r'\s*(`{3,}|~{3,})', line)
+        if ticks and not fence: fence = ticks[1]
+        elif ticks and fence and ticks[1].startswith(fence): fence = ''
+        elif not fence and line.startswith('#'): line = heading(line, notebook)
+        elif not fence: line = BACKTICKS.sub(lambda m: link(m, notebook), line)
+        out.append(line)
+    return '\n'.join(out)
+
+
+def filter_nb(txt, notebook):
+    "The notebook `txt`, whose file has the name `notebook`, as the book shows it"
+    nb = json.loads(txt)
+    module = default_exp(txt)
+    cells = []
+    for cell in title(nb['cells'], notebook):
+        if cell['cell_type'] == 'code': cells += code_cell(cell, module)
+        elif cell['cell_type'] == 'markdown': cells.append(dict(cell, source=linked(source(cell), notebook)))
+        else: cells.append(dict(cell, source=source(cell)))
+    if re.search(r'(?<![\w`])@\w+\d{4}', txt): cells.append(markdown('## References {.unnumbered}\n\n::: {#refs}\n:::', 'references'))
+    for cell in cells: cell['source'] = cell['source'].splitlines(keepends=True)  # Quarto loses the ends of one long string
+    return json.dumps(dict(nb, cells=cells), ensure_ascii=False)
+
+
+def main():
     txt = sys.stdin.read()
     # Quarto does not say which notebook it sends
     path = next((p for p in sorted(Path.cwd().glob('*.ipynb')) if p.read_text(encoding='utf-8') == txt), None)
     if path is None: sys.exit(f'nbfilter: no notebook in {Path.cwd()} has the text on stdin')
-    with open(os.devnull, 'w') as null, redirect_stdout(null): res = filter_nb(txt, path)
-    print(res)
+    print(filter_nb(txt, path.name))
+
+
+if __name__ == '__main__': main()
