@@ -28,68 +28,97 @@ class ZeroShot(PromptLearner):
     method = 'zero-shot'
 
     def __init__(self, backbone:Backbone, classnames:list[str],
-        templates:str|list[str]|None=None, # each with one {} for the class name; None: "a photo of a {}.", or in a protocol the data set's
+        templates:str|list[str]|None=None, # with one {} each; None: DEFAULT, in a protocol the set's
     ):
         super().__init__(backbone, classnames, templates=templates)
         templates = DEFAULT if templates is None else templates
         self.templates = [templates] if isinstance(templates, str) else list(templates)
         if not self.templates: raise ValueError('no template: give at least one')
-        if bad := [t for t in self.templates if t.count('{}') != 1]: raise ValueError(f'a template needs exactly one {{}} for the class name: "{bad[0]}"')
+        bad = [t for t in self.templates if t.count('{}') != 1]
+        if bad: raise ValueError('a template needs exactly one {} for the class name: '
+                                 f'"{bad[0]}"')
 
     def choose(self, data:DataSet) -> 'ZeroShot':
-        "The same with the data set's template, if none was given (Zhou et al. 2022, CoOp: one sentence for each set)"
-        return self if self.hparams['templates'] else type(self)(self.backbone, self.classnames, data.template)
+        """The same with the data set's template, if none was given
+
+        One sentence for each set, as in Zhou et al. 2022 (CoOp)."""
+        if self.hparams['templates']: return self
+        return type(self)(self.backbone, self.classnames, data.template)
 
     @torch.no_grad()
     def text_features(self) -> Tensor: # [C, E], unit rows
-        t = self.frozen_text([t.replace('{}', c) for t in self.templates for c in self.classnames])
-        return F.normalize(t.view(len(self.templates), len(self.classnames), -1).sum(0), dim=-1)  # [K, C, E] -> [C, E]
+        sentences = [t.replace('{}', c) for t in self.templates for c in self.classnames]
+        t = self.frozen_text(sentences).view(len(self.templates), len(self.classnames), -1)
+        return F.normalize(t.sum(0), dim=-1)  # over the templates: [templates, C, E] -> [C, E]
 
 # %% ../nbs/10_zeroshot.ipynb #10-014
-def best_template(
-    backbone:Backbone,
-    data:DataSet,                          # its training split decides
-    templates:list[str]|None=None,         # None: our tries for Pictograms; for other data its own template and OpenAI's seven
+def best_template(backbone:Backbone,
+    data:DataSet,                  # its training split decides
+    templates:list[str]|None=None, # None: ours for Pictograms, else the set's and OpenAI's seven
 ) -> str:
-    "The hand-written template with the highest accuracy on the training images; the earlier one of equals"
-    seen = encode(ZeroShot(backbone, data.classnames), data.pictures('train', test_transform(backbone)))
-    templates = templates or (PICTOGRAM_TEMPLATES if data.name in ('pictograms', 'emoji') else [data.template, *ENSEMBLE])
-    return max(templates, key=lambda t: evaluate(ZeroShot(backbone, data.classnames, t), data, 'train', features=seen).accuracy)
+    """The hand-written template with the highest accuracy on the training images
 
+    Of equals the earlier one."""
+    pictures = data.pictures('train', test_transform(backbone))
+    features = encode(ZeroShot(backbone, data.classnames), pictures)
+
+    def accuracy(template):
+        learner = ZeroShot(backbone, data.classnames, template)
+        return evaluate(learner, data, 'train', features=features).accuracy
+
+    if not templates:
+        ours = data.name in ('pictograms', 'emoji')
+        templates = PICTOGRAM_TEMPLATES if ours else [data.template, *ENSEMBLE]
+    return max(templates, key=accuracy)
+
+# %% ../nbs/10_zeroshot.ipynb #10-014b
 class BestTemplate(ZeroShot):
     "Zero-shot with the template that does best on the training images"
     method = 'zero-shot-best'
 
     def choose(self, data:DataSet) -> 'BestTemplate':
         "Look at the training images and keep one template"
-        return type(self)(self.backbone, self.classnames, best_template(self.backbone, data))
+        template = best_template(self.backbone, data)
+        return type(self)(self.backbone, self.classnames, template)
+
+# %% ../nbs/10_zeroshot.ipynb #10-016a
+def _regression(x, y, folds:int) -> LogisticRegression:
+    "Fit with the penalty that cross-validation chooses; with a single fold, scikit-learn's default"
+    model, penalties = LogisticRegression(max_iter=1000), [.003, .01, .03, .1, .3, 1.]
+    if folds > 1: model = GridSearchCV(model, dict(C=penalties), cv=folds)
+    with threadpool_limits(1), warnings.catch_warnings():  # small matrices: threads would only wait
+        warnings.filterwarnings('ignore', 'The number of unique classes')  # one image each is meant
+        model.fit(x, y)
+    return model.best_estimator_ if folds > 1 else model
 
 # %% ../nbs/10_zeroshot.ipynb #10-017
 class LinearProbe(PromptLearner):
     "Logistic regression on frozen image features (Radford et al. 2021, section 3.2)"
-    method, transfers = 'linear-probe', False   # it knows classes by number only
+    method, transfers = 'linear-probe', False  # it knows classes by number only
 
     def __init__(self, backbone:Backbone, classnames:list[str]):
         super().__init__(backbone, classnames)
         C = len(self.classnames)
-        self.weight, self.bias = nn.Parameter(torch.zeros(C, backbone.embed_dim)), nn.Parameter(torch.zeros(C))
+        self.weight = nn.Parameter(torch.zeros(C, backbone.embed_dim))
+        self.bias = nn.Parameter(torch.zeros(C))
 
     def text_features(self): return None
 
     def logits(self, image_features:Tensor, text_features=None) -> Tensor: # [B, E] -> [B, C]
-        return self.backbone.logit_scale*image_features @ self.weight.T.to(image_features) + self.bias.to(image_features)
+        W, b = self.weight.to(image_features), self.bias.to(image_features)
+        return self.backbone.logit_scale*image_features @ W.T + b
 
     @torch.no_grad()
     def solve(self, features:Tensor, labels:Tensor):
         "Fit on features [N, E] and labels [N]; called by `fit`"
-        x, y = (self.backbone.logit_scale*features).float().cpu().numpy(), labels.cpu().numpy()
-        folds = min(4, int(labels.bincount(minlength=len(self.classnames)).min()))
-        if folds < 1: raise ValueError('a linear probe needs at least one training image of every class')
-        model = LogisticRegression(max_iter=1000)
-        with threadpool_limits(1), warnings.catch_warnings():                   # small matrices: threads would wait for each other
-            warnings.filterwarnings('ignore', 'The number of unique classes')   # one image per class is what we mean
-            if folds > 1: model = GridSearchCV(model, dict(C=[.003, .01, .03, .1, .3, 1.]), cv=folds).fit(x, y).best_estimator_
-            else: model.fit(x, y)
+        x = (self.backbone.logit_scale*features).float().cpu().numpy()
+        y = labels.cpu().numpy()
+        fewest = int(labels.bincount(minlength=len(self.classnames)).min())
+        if fewest < 1:
+            raise ValueError('a linear probe needs at least one training image of every class')
+        model = _regression(x, y, folds=min(4, fewest))
         W, b = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
-        if len(self.classnames) == 2: W, b = torch.cat([-W, W])/2, torch.cat([-b, b])/2   # scikit-learn keeps one row for two classes
-        self.weight.copy_(W); self.bias.copy_(b)
+        if len(self.classnames) == 2:  # scikit-learn keeps one row for two classes
+            W, b = torch.cat([-W, W])/2, torch.cat([-b, b])/2
+        self.weight.copy_(W)
+        self.bias.copy_(b)
