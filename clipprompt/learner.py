@@ -7,7 +7,11 @@ __all__ = ['FP16_SCALE', 'HUB_FILE', 'write_safely', 'remove_leftovers', 'check_
            'Recipe', 'PromptLearner', 'local_prompts', 'read_prompts', 'model_card']
 
 # %% ../nbs/05_learner.ipynb #05-003
-import hashlib, json, os, re, tempfile
+import hashlib
+import json
+import os
+import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from threading import get_ident
@@ -26,40 +30,55 @@ from .prompts import Sentences, clean_names
 from .towers import TextTower, VisionTower
 
 # %% ../nbs/05_learner.ipynb #05-007
+def _unwritable(path:Path, why) -> OSError:
+    return OSError(f'cannot write {path} ({why}); choose a folder you may write to')
+
 def write_safely(path:str|Path, write):
     "Call `write` with a temporary path, then rename it to `path`: a crash leaves no half file"
     path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}-{get_ident()}.tmp')   # one per process and thread
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}-{get_ident()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp.touch()
-        mode = tmp.stat().st_mode             # as the user's umask has it; safetensors' writer would let nobody else read
+        mode = tmp.stat().st_mode  # the user's umask; safetensors' writer would shut out others
         write(tmp)
-        if tmp.stat().st_mode != mode: tmp.chmod(mode)                      # some mounted folders know no modes
-        with open(tmp, 'r+b') as f: os.fsync(f.fileno())                    # bytes before name, or a power cut leaves an empty file; 'r+': Windows syncs only what it may write
+        if tmp.stat().st_mode != mode: tmp.chmod(mode)    # some mounted folders know no modes
+        with open(tmp, 'r+b') as f: os.fsync(f.fileno())  # 'r+': Windows syncs what it may write
         os.replace(tmp, path)
-    except OSError as e: raise OSError(f"cannot write {path} ({f'{path.parent} is a file' if path.parent.is_file() else e.strerror or e}); choose a folder you may write to") from None
+    except OSError as e:
+        why = f'{path.parent} is a file' if path.parent.is_file() else e.strerror or e
+        raise _unwritable(path, why) from None
     finally:
         if tmp.exists(): tmp.unlink()
 
+# %% ../nbs/05_learner.ipynb #05-007b
 def remove_leftovers(path:str|Path):
-    "Delete the temporary files of killed writers of `path`; call it only where no other process writes there"
+    """
+    Delete the temporary files of killed writers of `path`
+
+    Call it only where no other process writes there.
+    """
     name = re.escape(Path(path).name)
+    ours = re.compile(rf'\.({name}|\.{name}\.check)\.\d+-\d+\.tmp')
     for tmp in Path(path).parent.glob('.*.tmp'):
-        if re.fullmatch(rf'\.({name}|\.{name}\.check)\.\d+-\d+\.tmp', tmp.name): tmp.unlink(missing_ok=True)
+        if ours.fullmatch(tmp.name): tmp.unlink(missing_ok=True)
 
 def check_writable(path:str|Path):
     "Raise now what `write_safely` would raise later"
-    if Path(path).is_dir(): raise IsADirectoryError(f'cannot write {path} (it is a folder); choose a file name')
-    check = Path(path).with_name(f'.{Path(path).name}.check')
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f'cannot write {path} (it is a folder); choose a file name')
+    check = path.with_name(f'.{path.name}.check')
     try: write_safely(check, lambda tmp: tmp.touch())
-    except OSError as e: raise OSError(str(e).replace(check.name, Path(path).name)) from None
-    check.unlink(missing_ok=True)                 # another process may ask at the same moment
+    except OSError as e: raise OSError(str(e).replace(check.name, path.name)) from None
+    check.unlink(missing_ok=True)  # another process may ask at the same moment
 
 # %% ../nbs/05_learner.ipynb #05-009
 def _sum(tensors:dict[str, Tensor]) -> str: # 16 hex digits
     h = hashlib.sha256()
-    for k, v in sorted(tensors.items()): h.update(k.encode() + str(v.shape).encode() + v.contiguous().view(torch.uint8).numpy().tobytes())
+    for name, t in sorted(tensors.items()):
+        h.update(name.encode() + str(t.shape).encode())
+        h.update(t.contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 def keep(
@@ -71,52 +90,70 @@ def keep(
     if folder is None: return make()
     key = json.dumps(key, sort_keys=True)
     path = Path(folder)/f'{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors'
-    if kept := _kept(path, key): return kept
+    kept = _kept(path, key)
+    if kept: return kept
     with _alone(path):
-        if kept := _kept(path, key): return kept
-        made = {k: v.cpu().contiguous() for k, v in make().items()}
-        write_safely(path, lambda tmp: save_file(made, tmp, dict(key=key, sum=_sum(made))))
+        kept = _kept(path, key)  # while this process waited, another may have made it
+        if kept: return kept
+        made = {name: t.cpu().contiguous() for name, t in make().items()}
+        meta = dict(key=key, sum=_sum(made))
+        write_safely(path, lambda tmp: save_file(made, tmp, meta))
     return made
 
 # %% ../nbs/05_learner.ipynb #05-011
 def _kept(path:Path, key:str) -> dict[str, Tensor]|None:
+    "What a file holds if it is intact and belongs to the key"
     try:
-        with safe_open(path, 'pt') as f: meta, kept = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except (OSError, SafetensorError): return None   # absent, cut short or no safetensors file: made anew
-    return kept if meta.get('key') == key and meta.get('sum') == _sum(kept) else None
+        with safe_open(path, 'pt') as f:
+            meta = f.metadata() or {}
+            kept = {k: f.get_tensor(k) for k in f.keys()}
+    except (OSError, SafetensorError): return None  # absent, cut short or no safetensors file
+    intact = meta.get('key') == key and meta.get('sum') == _sum(kept)
+    return kept if intact else None
 
 def _alone(path:Path) -> FileLock:
-    "Of the processes that would make a file one does, and the others wait. The lock ends with its process"
+    "One of the processes makes a file, the others wait; a lock ends with its process"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path.with_name(f'.{path.name}.lock')).acquire()
-    except OSError as e: raise OSError(f'cannot write {path} ({e.strerror or e}); choose a folder you may write to') from None
+    except OSError as e: raise _unwritable(path, e.strerror or e) from None
 
 def frozen_key(backbone:Backbone) -> dict:
     "What all frozen features depend on"
-    return dict(backbone=backbone.fingerprint, dtype=str(backbone.dtype), precision=backbone.precision)
+    return dict(backbone=backbone.fingerprint, dtype=str(backbone.dtype),
+                precision=backbone.precision)
 
 # %% ../nbs/05_learner.ipynb #05-015
 class Classifier(nn.Module):
-    "CLIP as a classifier of named classes; the parameters of a subclass are the trainable ones, CLIP's are not among them"
-    learns_text = learns_image = False        # which features depend on what is learned
-    reads = ()                                # what its batches bring behind images and labels: 'frozen' (CLIP's features of the same images, [B, E]), 'domains' ([B])
+    """
+    CLIP as a classifier of named classes
+
+    The parameters of a subclass are the trainable ones; CLIP's are not among them.
+    """
+    learns_text = learns_image = False  # which features depend on what is learned
+    # What its batches bring behind images and labels: 'frozen' (CLIP's features of the same
+    # images, [B, E]), 'domains' ([B])
+    reads = ()
 
     def __init__(self,
         backbone:Backbone,     # borrowed: not a submodule, not saved
         classnames:list[str],  # C names; underscores count as spaces
-        **hparams,             # what it takes to build the same learner again; kept for `save` and `for_classes`
+        **hparams,             # what it takes to build it again, for `save` and `for_classes`
     ):
         super().__init__()
         self.backbone, self.classnames, self.hparams = backbone, clean_names(classnames), hparams
-        self.text, self.vision, self._frozen_text = TextTower(backbone), VisionTower(backbone), {}
+        self.text, self.vision = TextTower(backbone), VisionTower(backbone)
+        self._frozen_text = {}
 
     @torch.no_grad()
     def frozen_text(self, texts:list[str]) -> Tensor: # [N, E], unit rows
-        "Features of finished sentences: computed once, and kept in the backbone's cache if it has one"
+        "Features of finished sentences: computed once, and kept in the backbone's cache if any"
         key = dict(texts=texts, plain=self.text.plain) | frozen_key(self.backbone)
-        make = lambda: dict(text=F.normalize(self.text(Sentences.of(self.backbone, texts)), dim=-1))
-        if self._frozen_text.get('key') != key: self._frozen_text = dict(key=key) | keep(self.backbone.cache, key, make)
+        def make():
+            features = self.text(Sentences.of(self.backbone, texts))
+            return dict(text=F.normalize(features, dim=-1))
+        if self._frozen_text.get('key') != key:
+            self._frozen_text = dict(key=key) | keep(self.backbone.cache, key, make)
         return self._frozen_text['text'].to(self.backbone.device)
 
     def text_features(self) -> Tensor|None: # [C, E], unit rows
@@ -124,13 +161,13 @@ class Classifier(nn.Module):
         return self.frozen_text([f'a photo of a {c}.' for c in self.classnames])
 
     def image_features(self, images:Tensor) -> Tensor: # [B, 3, H, W] -> [B, E], unit rows
-        "Features of images; what is already [B, E] passes, so that frozen features can be kept and used in place of images"
+        "Features of images; [B, E] passes, so that kept features can take the place of images"
         if images.ndim == 2: return images
         with torch.no_grad(): return F.normalize(self.vision(images), dim=-1)
 
     def logits(self,
-        image_features:Tensor,            # [B, E]
-        text_features:Tensor|None=None,   # [C, E]; computed when not given
+        image_features:Tensor,           # [B, E]
+        text_features:Tensor|None=None,  # [C, E]; computed when not given
     ) -> Tensor: # [B, C]
         "Scaled cosines"
         if text_features is None: text_features = self.text_features()
@@ -148,7 +185,10 @@ class Classifier(nn.Module):
         "How much each part counts; 1 where nothing is said"
         return {}
 
-    def loss(self, *batch) -> Tensor: return sum(self.loss_weights.get(k, 1.)*v for k, v in self.loss_terms(*batch).items())   # scalar
+    def loss(self, *batch) -> Tensor: # scalar
+        "The weighted sum of the parts"
+        parts = self.loss_terms(*batch)
+        return sum(self.loss_weights.get(k, 1.)*part for k, part in parts.items())
 
 # %% ../nbs/05_learner.ipynb #05-020
 @dataclass(frozen=True)
@@ -161,49 +201,69 @@ class Recipe:
     weight_decay:float=5e-4
     warmup_epochs:int=1
     warmup_lr:float=1e-5
-    views:int|None=None         # augmented views per image, drawn once and used in turn; None draws anew in each epoch, as the papers do
-    select:str='last'           # which epoch's prompts are kept: 'last', or 'best_on_test', as some published numbers were made
+    # augmented views per image, drawn once and used in turn; None draws anew in each epoch, as the
+    # papers do
+    views:int|None=None
+    # which epoch's prompts are kept: 'last', or 'best_on_test', as some published numbers were made
+    select:str='last'
     source:str=''               # where the numbers come from
 
     def __post_init__(self):
-        if self.select not in ('last', 'best_on_test'): raise ValueError(f"unknown select '{self.select}'; use 'last' or 'best_on_test'")
+        if self.select not in ('last', 'best_on_test'):
+            raise ValueError(f"unknown select '{self.select}'; use 'last' or 'best_on_test'")
 
 # %% ../nbs/05_learner.ipynb #05-022
-FP16_SCALE = 1024.   # keeps small gradients above fp16's smallest number
+FP16_SCALE = 1024.  # keeps small gradients above fp16's smallest number
 
-class PromptLearner(Classifier):
-    "The contract of a method (all its parameters are trained)"
-    method = 'prompt-learner'   # its name on the command line and in files
-    transfers = True            # can it be bound to other classes?
-
+class _Trainable(Classifier):
+    "What training asks of a learner, and what its paper says about it"
     @classmethod
-    def recipe(cls, setting:str='few-shot', shots:int=16, dataset:str='') -> Recipe:
-        "How the paper trains in a setting ('few-shot', 'base-to-new', 'cross-dataset' or 'domain-generalisation')"
+    def recipe(cls,
+        setting:str='few-shot', # or 'base-to-new', 'cross-dataset', 'domain-generalisation'
+        shots:int=16, dataset:str=''
+    ) -> Recipe:
+        "How the paper trains in a setting"
         return Recipe()
 
     @classmethod
     def published(cls, setting:str='few-shot', shots:int=16, dataset:str='') -> dict:
-        "The arguments that the paper builds the learner with in a setting, where they are not the defaults"
+        "The paper's arguments for the learner in a setting, where they are not the defaults"
         return {}
 
     def training_step(self, batch:tuple[Tensor, Tensor], optimizer) -> float:
-        "One update on (images, labels); returns the loss before it. Raises FloatingPointError on a loss that is not finite"
-        loss, half = self.loss(*batch), self.backbone.precision == 'fp16'
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} at learning rate {optimizer.param_groups[0]['lr']:g} and precision {self.backbone.precision or str(self.backbone.dtype)[6:]}; lower the learning rate{' or use precision bf16 or none' if half else ''}")
+        """
+        One update on (images, labels); returns the loss before it
+
+        Raises FloatingPointError on a loss that is not finite.
+        """
+        loss = self.loss(*batch)
+        if not loss.isfinite(): raise _not_finite(loss, self.backbone, optimizer)
+        scale = FP16_SCALE if self.backbone.precision == 'fp16' else 1
         optimizer.zero_grad()
-        (loss*FP16_SCALE if half else loss).backward()
-        if half:
+        (loss*scale).backward()
+        if scale != 1:
             for p in self.parameters():
-                if p.grad is not None: p.grad /= FP16_SCALE
+                if p.grad is not None: p.grad /= scale
         optimizer.step()
         return loss.item()
 
+# %% ../nbs/05_learner.ipynb #05-022d
+class PromptLearner(_Trainable):
+    "The contract of a method (all its parameters are trained)"
+    method = 'prompt-learner'  # its name on the command line and in files
+    transfers = True           # can it be bound to other classes?
+
     def for_classes(self, classnames:list[str]) -> 'PromptLearner':
-        "A copy with the same prompts, bound to other classes. Raises ValueError in a method that does not transfer"
-        if not self.transfers: raise ValueError(f'{self.method} prompts belong to the classes they were trained on and cannot be used for other names')
+        """
+        A copy with the same prompts, bound to other classes
+
+        Raises ValueError in a method that does not transfer.
+        """
+        if not self.transfers:
+            raise ValueError(f'{self.method} prompts belong to the classes they were trained on '
+                             'and cannot be used for other names')
         other = type(self)(self.backbone, classnames, **self.hparams)
-        for p in self.parameters(): other.to(p)        # same device and precision
+        for p in self.parameters(): other.to(p)            # same device and precision
         other.load_state_dict(self.state_dict())
         other.text, other.vision = self.text, self.vision  # with their settings
         return other.train(self.training)
@@ -211,130 +271,273 @@ class PromptLearner(Classifier):
     @property
     def metadata(self) -> dict:
         "What a file says about its prompts"
-        return dict(format='clipprompt 1', version=__version__, method=self.method, hparams=self.hparams, classnames=self.classnames,
-                    backbone=self.backbone.name, fingerprint=self.backbone.fingerprint)
-
-    def push_to_hub(self,
-        name:str,                # 'user/name' or 'organisation/name'; made if it is not there
-        private:bool|None=None,  # of a repository that is made: True hides it; None leaves it to the hub, which makes it public
-        token:str|None=None,     # None: the one from `hf auth login` or HF_TOKEN
-        license:str|None=None,   # of the prompts, for the card, as the hub spells it ('cc-by-4.0'); not known where None
-        note:str='',             # for the card: the pictures learned from, the accuracy
-    ) -> str: # 'hf://user/name@revision', which stays these very prompts
-        "Send prompts and a card to the Hugging Face hub, in one commit. Raises ValueError for a malformed name, OSError when the hub refuses or is out of reach"
-        return _push(self, name, private, token, license, note)
+        clip = self.backbone
+        return dict(format='clipprompt 1', version=__version__, method=self.method,
+                    hparams=self.hparams, classnames=self.classnames,
+                    backbone=clip.name, fingerprint=clip.fingerprint)
 
     def save(self, path:str|Path):
         "Write the prompts to a safetensors file, atomically"
-        write_safely(path, lambda tmp: save_file({k: v.contiguous() for k, v in self.state_dict().items()}, tmp, {k: json.dumps(v) for k, v in self.metadata.items()}))
+        state = {k: v.contiguous() for k, v in self.state_dict().items()}
+        meta = {k: json.dumps(v) for k, v in self.metadata.items()}
+        write_safely(path, lambda tmp: save_file(state, tmp, meta))
 
     @classmethod
-    def load(cls, path:str|Path, backbone:Backbone) -> 'PromptLearner':
-        "Read what `save` or `push_to_hub` wrote, a path or 'hf://user/name[@revision]'. Raises ValueError for another method, another backbone, or a file that is no safetensors"
+    def load(cls,
+        path:str|Path, # or 'hf://user/name[@revision]'
+        backbone:Backbone
+    ) -> 'PromptLearner':
+        """
+        Read what `save` or `push_to_hub` wrote
+
+        Raises ValueError for another method, another backbone, or a file that is no safetensors.
+        """
         meta, state = read_prompts(path)
-        if meta['method'] != cls.method: raise ValueError(f"{path} holds prompts of method '{meta['method']}', not '{cls.method}'; load them with that method's class")
-        if meta['fingerprint'] != backbone.fingerprint: raise ValueError(f"{path} was trained on {meta['backbone']} ({meta['fingerprint']}), not on {backbone.name} ({backbone.fingerprint}); load that backbone")
+        _must_belong(path, meta, cls.method, backbone)
         try:
             learner = cls(backbone, meta['classnames'], **meta['hparams'])
             for t in state.values(): learner.to(t.dtype)
             learner.load_state_dict(state)
-        except (TypeError, RuntimeError): raise ValueError(f"{path} (clipprompt {meta['version']}) does not fit {cls.method} of clipprompt {__version__}; train again") from None
+        except (TypeError, RuntimeError):
+            raise ValueError(f"{path} (clipprompt {meta['version']}) does not fit {cls.method} "
+                             f'of clipprompt {__version__}; train again') from None
         return learner.to(backbone.device)
+
+    def push_to_hub(self,
+        name:str,               # 'user/name' or 'organisation/name'; made if it is not there
+        # of a repository that is made: True hides it; None leaves it to the hub: public
+        private:bool|None=None,
+        token:str|None=None,    # None: the one from `hf auth login` or HF_TOKEN
+        license:str|None=None,  # for the card, as the hub spells it ('cc-by-4.0'); None: not known
+        note:str='',            # for the card: the pictures learned from, the accuracy
+    ) -> str: # 'hf://user/name@revision', which stays these very prompts
+        """
+        Send prompts and a card to the Hugging Face hub, in one commit
+
+        Raises ValueError for a malformed name, OSError when the hub refuses or is out of reach.
+        """
+        return _push(self, name, private, token, license, note)
+
+# %% ../nbs/05_learner.ipynb #05-022b
+def _not_finite(loss:Tensor, backbone:Backbone, optimizer) -> FloatingPointError:
+    rate = optimizer.param_groups[0]['lr']
+    precision = backbone.precision or str(backbone.dtype)[6:]
+    cure = 'lower the learning rate'
+    if precision == 'fp16': cure += ' or use precision bf16 or none'
+    return FloatingPointError(f'the loss is {loss.item()} at learning rate {rate:g} '
+                              f'and precision {precision}; {cure}')
+
+def _must_belong(path:str|Path, meta:dict, method:str, backbone:Backbone):
+    if meta['method'] != method:
+        raise ValueError(f"{path} holds prompts of method '{meta['method']}', not '{method}'; "
+                         "load them with that method's class")
+    if meta['fingerprint'] != backbone.fingerprint:
+        raise ValueError(f"{path} was trained on {meta['backbone']} ({meta['fingerprint']}), "
+                         f'not on {backbone.name} ({backbone.fingerprint}); load that backbone')
 
 # %% ../nbs/05_learner.ipynb #05-024
 HUB_FILE = 'prompts.safetensors'
 
-def _hub_name(path:str|Path) -> tuple[str, str|None]|None: # (user/name, revision); None for what is no name on the hub
-    text = re.sub('^hf:/+', 'hf://', str(path).replace(os.sep, '/'))    # a Path makes one slash of two
+def _hub_name(path:str|Path) -> tuple[str, str|None]|None: # (user/name, revision)
+    "None for what is no name on the hub"
+    text = str(path).replace(os.sep, '/')
+    text = re.sub('^hf:/+', 'hf://', text)  # a Path makes one slash of two
     if not text.startswith('hf://'): return None
     part = r'[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?'
-    if not (m := re.fullmatch(rf'hf://({part}/{part})(?:@([^@\s]+))?', text)): raise ValueError(f"'{text}' names no prompts on the hub; write hf://user/name or hf://user/name@revision")
-    return m[1], m[2]
+    match = re.fullmatch(rf'hf://({part}/{part})(?:@([^@\s]+))?', text)
+    if match is None:
+        raise ValueError(f"'{text}' names no prompts on the hub; "
+                         'write hf://user/name or hf://user/name@revision')
+    return match[1], match[2]
 
 def local_prompts(
     path:str|Path,       # a path, or 'hf://user/name[@revision]'
     token:str|None=None, # for private prompts; None: the one from `hf auth login` or HF_TOKEN
 ) -> Path:
-    "The file of prompts that may be on the hub: fetched, or from the hub's cache. Raises FileNotFoundError, PermissionError, ConnectionError, each with its cure"
-    if not (hub := _hub_name(path)): return Path(path)
-    from huggingface_hub import constants, errors, hf_hub_download     # only now: nothing of the hub is needed before
+    """
+    The file of prompts that may be on the hub: fetched, or from the hub's cache
+
+    Raises FileNotFoundError, PermissionError, ConnectionError, each with its cure.
+    """
+    hub = _hub_name(path)
+    if hub is None: return Path(path)
+    from huggingface_hub import errors, hf_hub_download  # only now: nothing else needs the hub
     name, revision = hub
-    where = f"{name}{f'@{revision}' if revision else ''}"
-    try: return Path(hf_hub_download(name, HUB_FILE, revision=revision, token=token, library_name='clipprompt', library_version=__version__))
-    except errors.LocalEntryNotFoundError:
-        offline = constants.HF_HUB_OFFLINE
-        raise ConnectionError(f"{where} is not in the cache ({constants.HF_HUB_CACHE}) and {'HF_HUB_OFFLINE forbids fetching it; unset it' if offline else f'{constants.ENDPOINT} cannot be reached; check the network'}, or give a file") from None
-    except errors.GatedRepoError: raise PermissionError(f'{name} is given only to those who asked; open {constants.ENDPOINT}/{name}, ask, then log in with `hf auth login`') from None
-    except errors.RepositoryNotFoundError: raise FileNotFoundError(f'{constants.ENDPOINT} has no {name}, or it is private and you are not logged in; check the name, or log in with `hf auth login`') from None
-    except errors.RevisionNotFoundError: raise FileNotFoundError(f"{name} has no revision '{revision}'; leave it out, or give a commit, tag or branch") from None
-    except errors.EntryNotFoundError: raise FileNotFoundError(f'{where} has no {HUB_FILE}, so push_to_hub did not make it; give another name') from None
-    except (ValueError, OSError, _transport()) as e: raise ConnectionError(f'cannot fetch {where} ({_short(e)}); try again, or give a file') from None
+    client = dict(library_name='clipprompt', library_version=__version__)
+    try: return Path(hf_hub_download(name, HUB_FILE, revision=revision, token=token, **client))
+    except (errors.EntryNotFoundError, ValueError, OSError, _transport()) as e:
+        raise _not_fetched(e, name, revision) from None
+
+# %% ../nbs/05_learner.ipynb #05-024b
+def _not_fetched(e:Exception, name:str, revision:str|None) -> Exception:
+    from huggingface_hub import constants, errors
+    hub, where = constants.ENDPOINT, f'{name}@{revision}' if revision else name
+    if isinstance(e, errors.LocalEntryNotFoundError):
+        why = f'{hub} cannot be reached; check the network'
+        if constants.HF_HUB_OFFLINE: why = 'HF_HUB_OFFLINE forbids fetching it; unset it'
+        return ConnectionError(f'{where} is not in the cache ({constants.HF_HUB_CACHE}) and {why}, '
+                               'or give a file')
+    if isinstance(e, errors.GatedRepoError):
+        return PermissionError(f'{name} is given only to those who asked; open {hub}/{name}, ask, '
+                               'then log in with `hf auth login`')
+    if isinstance(e, errors.RepositoryNotFoundError):
+        return FileNotFoundError(f'{hub} has no {name}, or it is private and you are not '
+                                 'logged in; check the name, or log in with `hf auth login`')
+    if isinstance(e, errors.RevisionNotFoundError):
+        return FileNotFoundError(f"{name} has no revision '{revision}'; leave it out, "
+                                 'or give a commit, tag or branch')
+    if isinstance(e, errors.EntryNotFoundError):
+        return FileNotFoundError(f'{where} has no {HUB_FILE}, so push_to_hub did not make it; '
+                                 'give another name')
+    return ConnectionError(f'cannot fetch {where} ({_short(e)}); try again, or give a file')
 
 def _transport() -> type[Exception]:
-    "Base of what the hub's client lets through when a connection fails; which library it is depends on the client's version"
+    """
+    Base of what the hub's client lets through when a connection fails
+
+    Which library it is depends on the client's version.
+    """
     from huggingface_hub.errors import HfHubHTTPError
     return HfHubHTTPError.__bases__[0]
 
 def _short(e:Exception) -> str: return ' '.join(str(e).split())[:150] or type(e).__name__
 
 # %% ../nbs/05_learner.ipynb #05-026
-def read_prompts(path:str|Path) -> tuple[dict, dict[str, Tensor]]:
-    "Metadata and tensors of a prompt file, here or on the hub ('hf://user/name'). Raises FileNotFoundError, ValueError, or ConnectionError where the hub is out of reach"
+def read_prompts(
+    path:str|Path, # or 'hf://user/name'
+) -> tuple[dict, dict[str, Tensor]]:
+    """
+    Metadata and tensors of a prompt file, here or on the hub
+
+    Raises FileNotFoundError, ValueError, or ConnectionError where the hub is out of reach.
+    """
     path = local_prompts(path)
-    if not Path(path).is_file(): raise FileNotFoundError(f'there is no prompt file {path}; `clipprompt train` makes one')
+    if not path.is_file():
+        raise FileNotFoundError(f'there is no prompt file {path}; `clipprompt train` makes one')
     try:
         with safe_open(path, 'pt') as f:
             meta = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
             state = {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError: raise ValueError(f'{path} is no intact safetensors file: truncated, or of another format; pickles (.pt, .pth) are never loaded because loading one runs its code') from None
-    except json.JSONDecodeError: meta = {}
-    if meta.get('format') != 'clipprompt 1': raise ValueError(f"{path} is a safetensors file but holds no prompts{', it is a checkpoint' if 'run' in meta else ''}; use the file that `clipprompt train` or `save` wrote")
-    if missing := {'version', 'method', 'hparams', 'classnames', 'backbone', 'fingerprint'} - meta.keys(): raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; train again")
+    except SafetensorError:
+        raise ValueError(f'{path} is no intact safetensors file: truncated, or of another format; '
+                         'pickles (.pt, .pth) are never loaded because loading one runs its code'
+                         ) from None
+    except json.JSONDecodeError: meta = {}  # somebody else's
+    if meta.get('format') != 'clipprompt 1':
+        hint = ', it is a checkpoint' if 'run' in meta else ''
+        raise ValueError(f'{path} is a safetensors file but holds no prompts{hint}; '
+                         'use the file that `clipprompt train` or `save` wrote')
+    needed = {'version', 'method', 'hparams', 'classnames', 'backbone', 'fingerprint'}
+    missing = sorted(needed - meta.keys())
+    if missing: raise ValueError(f"{path} lacks {', '.join(missing)}; train again")
     return meta, state
 
 # %% ../nbs/05_learner.ipynb #05-037
-def _code(text) -> str:
-    "Inline code in Markdown, also for a text with backticks"
-    fence = '`'*(1 + max(map(len, re.findall('`+', text := ' '.join(str(text).split()))), default=0))
-    return f'{fence} {text} {fence}' if '`' in text else f'{fence}{text}{fence}'
-
 def model_card(
     learner:PromptLearner,
     name:str='user/name',   # where it will be
     license:str|None=None, note:str='',
 ) -> str: # Markdown with the hub's header
     "What is known about prompts, and how to load them"
-    first, n, meta = learner.classnames[:20], len(learner.classnames), learner.metadata
+    parts = [
+        f'{_header(learner, license)}\n# {name}',
+        'Prompts learned with [clipprompt](https://clipprompt.github.io/clipprompt) for a frozen '
+        f'CLIP. `{HUB_FILE}` holds the prompts and nothing else: no weights of CLIP, no pictures, '
+        'no code.',
+        note,
+        _facts(learner, license),
+        _class_list(learner),
+        _python(learner, name),
+        'or, in a shell,',
+        f'```bash\nclipprompt predict hf://{name} picture.png\n```',
+    ]
+    return '\n\n'.join(part for part in parts if part) + '\n'
+
+def _header(learner:PromptLearner, license:str|None) -> str:
+    head = dict(library_name='clipprompt', tags=['clip', 'prompt-learning', learner.method],
+                pipeline_tag='image-classification')
+    if license: head['license'] = license
+    lines = [f'{k}: {json.dumps(v)}' for k, v in head.items()]  # JSON is YAML
+    return '\n'.join(['---', *lines, '---'])
+
+def _python(learner:PromptLearner, name:str) -> str:
     model, _, weights = learner.backbone.name.partition('/')
     args = '' if model == 'picto-clip' else ', '.join(repr(x) for x in (model, weights) if x)
-    head = dict(library_name='clipprompt', tags=['clip', 'prompt-learning', learner.method], pipeline_tag='image-classification') | (dict(license=license) if license else {})
-    return '\n'.join(['---', *(f'{k}: {json.dumps(v)}' for k, v in head.items()), '---', f'# {name}', '',      # JSON is YAML
-        f"Prompts learned with [clipprompt](https://clipprompt.github.io/clipprompt) for a frozen CLIP. `{HUB_FILE}` holds the prompts and nothing else: no weights of CLIP, no pictures, no code.", '', *([note, ''] if note else []),
-        '| | |', '|---|---|', f'| method | {_code(learner.method)} |', f"| backbone | {_code(meta['backbone'])}, fingerprint {_code(meta['fingerprint'])} |",
-        f"| hyper-parameters | {_code(json.dumps(meta['hparams'])).replace('|', '&#124;')} |", f'| learned numbers | {sum(p.numel() for p in learner.parameters()):,} |', f"| made with | clipprompt {meta['version']} |",
-        f"| licence | {license or 'not stated; the pictures they were learned from may set conditions'} |", '',
-        f"{n} {'class' if n == 1 else 'classes'}: {', '.join(map(_code, first))}{f', and {n-20} more' if n > 20 else ''}.{'' if learner.transfers else ' These prompts belong to their classes and take no other names.'}", '',
-        '```python', 'from clipprompt.backbone import load_backbone', 'from clipprompt.report import load_prompts', f"learner = load_prompts('hf://{name}', load_backbone({args}))", '```', '',
-        'or, in a shell,', '', '```bash', f'clipprompt predict hf://{name} picture.png', '```', ''])
+    return ('```python\n'
+            'from clipprompt.backbone import load_backbone\n'
+            'from clipprompt.report import load_prompts\n'
+            f"learner = load_prompts('hf://{name}', load_backbone({args}))\n"
+            '```')
+
+# %% ../nbs/05_learner.ipynb #05-037b
+def _code(text) -> str:
+    "Inline code in Markdown, also for a text with backticks"
+    text = ' '.join(str(text).split())
+    if '`' not in text: return f'`{text}`'
+    longest = max(len(ticks) for ticks in re.findall('`+', text))
+    fence = '`'*(longest+1)
+    return f'{fence} {text} {fence}'
+
+def _facts(learner:PromptLearner, license:str|None) -> str:
+    meta = learner.metadata
+    unknown = 'not stated; the pictures they were learned from may set conditions'
+    facts = {
+        'method': _code(learner.method),
+        'backbone': f"{_code(meta['backbone'])}, fingerprint {_code(meta['fingerprint'])}",
+        'hyper-parameters': _code(json.dumps(meta['hparams'])).replace('|', '&#124;'),
+        'learned numbers': f'{sum(p.numel() for p in learner.parameters()):,}',
+        'made with': f"clipprompt {meta['version']}",
+        'licence': license or unknown,
+    }
+    return '\n'.join(['| | |', '|---|---|', *(f'| {k} | {v} |' for k, v in facts.items())])
+
+def _class_list(learner:PromptLearner) -> str:
+    n = len(learner.classnames)
+    text = f"{n} {'class' if n == 1 else 'classes'}: "
+    text += ', '.join(_code(c) for c in learner.classnames[:20])
+    if n > 20: text += f', and {n-20} more'
+    if learner.transfers: return text + '.'
+    return text + '. These prompts belong to their classes and take no other names.'
 
 # %% ../nbs/05_learner.ipynb #05-039
-def _push(learner:PromptLearner, name:str, private:bool|None=None, token:str|None=None, license:str|None=None, note:str='') -> str:
+def _push(learner:PromptLearner, name:str, private:bool|None=None, token:str|None=None,
+          license:str|None=None, note:str='') -> str:
     "See `PromptLearner.push_to_hub`"
     repo, revision = _hub_name(name if str(name).startswith('hf:') else f'hf://{name}')
-    if revision: raise ValueError(f"prompts are pushed to a name, not to a revision; write '{repo}'")
-    from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
-    if constants.HF_HUB_OFFLINE: raise ConnectionError(f'cannot push to {repo}: HF_HUB_OFFLINE is set; unset it, or use `save`')
+    if revision:
+        raise ValueError(f"prompts are pushed to a name, not to a revision; write '{repo}'")
+    from huggingface_hub import CommitOperationAdd, HfApi, constants
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError(f'cannot push to {repo}: HF_HUB_OFFLINE is set; '
+                              'unset it, or use `save`')
     with tempfile.TemporaryDirectory() as d:
         learner.save(Path(d, HUB_FILE))
-        files = {HUB_FILE: Path(d, HUB_FILE).read_bytes(), 'README.md': model_card(learner, repo, license, note).encode()}
+        prompts = Path(d, HUB_FILE).read_bytes()
+    card = model_card(learner, repo, license, note).encode()
+    files = [CommitOperationAdd(HUB_FILE, prompts), CommitOperationAdd('README.md', card)]
+    message = f'{learner.method} prompts for {len(learner.classnames)} classes'
     api = HfApi(token=token, library_name='clipprompt', library_version=__version__)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        commit = api.create_commit(repo, [CommitOperationAdd(path, content) for path, content in files.items()], commit_message=f'{learner.method} prompts for {len(learner.classnames)} classes')
-    except errors.LocalTokenNotFoundError: raise PermissionError(f'cannot push to {repo} without a token; log in with `hf auth login`, or give token=') from None
-    except errors.HfHubHTTPError as e:
-        if (code := e.response.status_code) in (401, 403, 404): raise PermissionError(f'{constants.ENDPOINT} does not let you write to {repo} (status {code}); log in with `hf auth login`, or give a token that may write there') from None
-        raise OSError(f'cannot push to {repo} ({_short(e)}); try again') from None
-    except ValueError as e: raise ValueError(f'the hub refuses {repo} ({_short(e)}); change the name, the license or the note') from None
-    except (OSError, _transport()) as e: raise ConnectionError(f'cannot push to {repo}: {constants.ENDPOINT} cannot be reached ({_short(e)}); check the network, or use `save`') from None
+        commit = api.create_commit(repo, files, commit_message=message)
+    except (ValueError, OSError, _transport()) as e: raise _not_pushed(e, repo) from None
     return f'hf://{repo}@{commit.oid}'
+
+# %% ../nbs/05_learner.ipynb #05-039b
+def _not_pushed(e:Exception, repo:str) -> Exception:
+    from huggingface_hub import constants, errors
+    hub = constants.ENDPOINT
+    if isinstance(e, errors.LocalTokenNotFoundError):
+        return PermissionError(f'cannot push to {repo} without a token; '
+                               'log in with `hf auth login`, or give token=')
+    if isinstance(e, errors.HfHubHTTPError):
+        status = e.response.status_code
+        if status not in (401, 403, 404):
+            return OSError(f'cannot push to {repo} ({_short(e)}); try again')
+        return PermissionError(f'{hub} does not let you write to {repo} (status {status}); log in '
+                               'with `hf auth login`, or give a token that may write there')
+    if isinstance(e, ValueError):
+        return ValueError(f'the hub refuses {repo} ({_short(e)}); '
+                          'change the name, the license or the note')
+    return ConnectionError(f'cannot push to {repo}: {hub} cannot be reached ({_short(e)}); '
+                           'check the network, or use `save`')
