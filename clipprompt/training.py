@@ -6,7 +6,10 @@
 __all__ = ['lr_at', 'View', 'Fit', 'fit', 'Evaluation', 'encode', 'evaluate']
 
 # %% ../nbs/06_training.ipynb #06-003
-import json, math, os, time
+import json
+import math
+import os
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,26 +23,36 @@ from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset
 from tqdm.auto import tqdm
 
 from .data import DataSet, Pictures, test_transform, train_transform
-from .learner import Classifier, PromptLearner, Recipe, check_writable, frozen_key, keep, remove_leftovers, write_safely
+from .learner import Classifier, PromptLearner, Recipe, frozen_key, keep
+from .learner import check_writable, remove_leftovers, write_safely
 from .prompts import clean_names
 
 # %% ../nbs/06_training.ipynb #06-005
 def lr_at(recipe:Recipe,
-    epoch:int,  # counted from 1
+    epoch:int, # counted from 1
 ) -> float:
     "Learning rate of an epoch: constant warm-up, then a cosine per epoch (CoOp's schedule)"
     if epoch <= recipe.warmup_epochs: return recipe.warmup_lr
-    return .5*recipe.lr*(1+math.cos(math.pi*(epoch-1-recipe.warmup_epochs)/recipe.epochs))
+    past = epoch - 1 - recipe.warmup_epochs
+    return .5*recipe.lr*(1+math.cos(math.pi*past/recipe.epochs))
 
 # %% ../nbs/06_training.ipynb #06-011
 def _epoch_batches(pictures:Dataset, batch_size:int, seed:int, epoch:int):
-    "Shuffled, augmented batches of one epoch, a function of (seed, epoch) alone; a last incomplete batch is dropped when a full one exists"
-    batches, state = None, torch.Generator().manual_seed(1_000_003*seed + epoch).get_state()
+    """
+    Shuffled, augmented batches of one epoch, a function of (seed, epoch) alone
+
+    A last incomplete batch is dropped when a full one exists.
+    """
+    state = torch.Generator().manual_seed(1_000_003*seed + epoch).get_state()
+    drop, batches = len(pictures) >= batch_size, None
     while True:
-        with torch.random.fork_rng(devices=[]):          # closed while a batch is used: what others draw stays theirs
+        # Closed while a batch is used, so that what others draw stays theirs
+        with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(state)
-            batches = batches or iter(DataLoader(pictures, batch_size, shuffle=True, drop_last=len(pictures) >= batch_size))
-            batch, state = next(batches, None), torch.get_rng_state()
+            if batches is None:
+                batches = iter(DataLoader(pictures, batch_size, shuffle=True, drop_last=drop))
+            batch = next(batches, None)
+            state = torch.get_rng_state()
         if batch is None: return
         yield batch
 
@@ -47,7 +60,8 @@ def _epoch_batches(pictures:Dataset, batch_size:int, seed:int, epoch:int):
 class View(Dataset):
     "Pictures, each augmented with random numbers of its own: the same whenever it is asked for"
     def __init__(self, pictures:Pictures, seed:int):
-        self.pictures, self.seed, self.fingerprint = pictures, seed, f'{pictures.fingerprint} one by one from {seed}'
+        self.pictures, self.seed = pictures, seed
+        self.fingerprint = f'{pictures.fingerprint} one by one from {seed}'
 
     def __len__(self) -> int: return len(self.pictures)
 
@@ -57,28 +71,41 @@ class View(Dataset):
             return self.pictures[i]
 
 def _view(learner:PromptLearner, pictures:Pictures, seed:int) -> tuple[Dataset, dict[str, Tensor]]:
-    "A fixed view: features where the image side is frozen, else the pictures themselves; and what is read beside them"
-    if not learner.learns_image: return TensorDataset(*(t.cpu() for t in encode(learner, pictures, seed=seed))), {}
+    "A fixed view (features where the image side is frozen, else pictures), and what is read beside"
+    if not learner.learns_image:
+        features, labels = encode(learner, pictures, seed=seed)
+        return TensorDataset(features.cpu(), labels.cpu()), {}
     view = View(pictures, seed)
-    return view, dict(frozen=encode(Classifier(learner.backbone, learner.classnames), view)[0].cpu()) if 'frozen' in learner.reads else {}
+    if 'frozen' not in learner.reads: return view, {}
+    frozen, _ = encode(Classifier(learner.backbone, learner.classnames), view)
+    return view, dict(frozen=frozen.cpu())
 
 # %% ../nbs/06_training.ipynb #06-014
 def _epochs(learner:PromptLearner, data:DataSet, recipe:Recipe, seed:int, first:int):
     "(epoch, its batches) from epoch `first` on"
-    pictures, kept = data.pictures('train', train_transform(learner.backbone, data.crop_scale, data.flip)), {}
-    beside = dict(domains=pictures.domains) if 'domains' in learner.reads else {}
+    transform = train_transform(learner.backbone, data.crop_scale, data.flip)
+    pictures = data.pictures('train', transform)
+    domains = dict(domains=pictures.domains) if 'domains' in learner.reads else {}
+    kept = {}  # fixed views by their number
     for epoch in range(first, recipe.epochs+1):
-        v = (epoch-1) % (recipe.views or 1)
-        if v not in kept: kept[v] = _view(learner, pictures, 1_000_003*seed + v) if recipe.views else (pictures, {})
-        seen, extra = kept[v][0], kept[v][1] | beside
-        batches = _epoch_batches(StackDataset(seen, *extra.values()), recipe.batch_size, seed, epoch)
-        yield epoch, (_batch(learner, *both, dict(zip(extra, more))) for both, *more in batches)
+        seen, beside = pictures, {}
+        if recipe.views:
+            v = (epoch-1) % recipe.views
+            if v not in kept: kept[v] = _view(learner, pictures, 1_000_003*seed + v)
+            seen, beside = kept[v]
+        beside = beside | domains
+        stack = StackDataset(seen, *beside.values())
+        batches = _epoch_batches(stack, recipe.batch_size, seed, epoch)
+        yield epoch, _as_read(learner, batches, list(beside))
 
-def _batch(learner:PromptLearner, images:Tensor, labels:Tensor, extra:dict[str, Tensor]) -> tuple[Tensor, ...]:
-    "Images, labels and what the learner reads beside them, on its device"
-    images = images.to(device := learner.backbone.device)
-    if 'frozen' in learner.reads and 'frozen' not in extra: extra['frozen'] = Classifier.image_features(learner, images)
-    return images, labels.to(device), *(extra[k].to(device) for k in learner.reads)
+def _as_read(learner:PromptLearner, batches, names:list[str]):
+    "Batches of images, labels and what the learner reads beside them, on its device"
+    device = learner.backbone.device
+    for (images, labels), *more in batches:
+        images, beside = images.to(device), dict(zip(names, more))
+        if 'frozen' in learner.reads and 'frozen' not in beside:
+            beside['frozen'] = Classifier.image_features(learner, images)
+        yield images, labels.to(device), *(beside[name].to(device) for name in learner.reads)
 
 # %% ../nbs/06_training.ipynb #06-016
 @dataclass
@@ -86,55 +113,83 @@ class Fit:
     "What happened in training"
     recipe:Recipe
     seed:int
-    losses:list[float]  # mean loss of each epoch
-    seconds:float       # of this call
-    precision:str       # in which the towers computed
-    tested:list[float]  # test accuracy of each epoch, where the recipe selects by it
+    losses:list[float] # mean loss of each epoch
+    seconds:float      # of this call
+    precision:str      # in which the towers computed
+    tested:list[float] # test accuracy of each epoch, where the recipe selects by it
 
     @property
     def epochs(self) -> int: return len(self.losses)
+
     @property
     def views(self) -> int|None:
-        "Fixed views per image that took the place of fresh augmentation; None where each epoch drew anew"
+        "Fixed views per image in place of fresh augmentation; None where each epoch drew anew"
         return self.recipe.views
 
 # %% ../nbs/06_training.ipynb #06-018
 def fit(
     learner:PromptLearner,
-    data:DataSet,                  # its training split is used
-    recipe:Recipe|None=None,       # the method's 16-shot recipe by default
-    seed:int=0,                    # of order and augmentation
-    checkpoint:str|Path|None=None, # file to write after each epoch and to resume from; in a folder (one that exists, or a name that ends in /) it is called checkpoint.safetensors. One run each
-    progress:bool=True,            # show a bar
-    views:int|None=None,           # instead of the recipe's: V fixed views of each image replace fresh augmentation in each epoch
-    tracker=None,                  # a folder for TensorBoard, or any object with add_scalar(tag, value, step): gets loss, learning rate and, where the recipe selects by it, test accuracy of each epoch
+    data:DataSet,            # its training split is used
+    recipe:Recipe|None=None, # the method's 16-shot recipe by default
+    seed:int=0,              # of order and augmentation
+    # file to write after each epoch and to resume from, one run each; in a folder (one that
+    # exists, or a name that ends in /) it is called checkpoint.safetensors
+    checkpoint:str|Path|None=None,
+    progress:bool=True,      # show a bar
+    # instead of the recipe's: V fixed views of each image replace fresh augmentation in each epoch
+    views:int|None=None,
+    # a folder for TensorBoard, or any object with add_scalar(tag, value, step): gets loss, learning
+    # rate and, where the recipe selects by it, test accuracy of each epoch
+    tracker=None,
 ) -> Fit:
-    "Train the learner's parameters. Raises FloatingPointError on a loss that is not finite, ValueError on a foreign checkpoint or a tracker that is none"
-    recipe, start, device = recipe or learner.recipe(), perf_counter(), learner.backbone.device
-    losses, tested, best = [], [], {}
+    """
+    Train the learner's parameters
+
+    Raises FloatingPointError on a loss that is not finite, ValueError on a foreign checkpoint
+    or a tracker that is none.
+    """
+    start, clip = perf_counter(), learner.backbone
+    recipe = recipe or learner.recipe()
     if views: recipe = replace(recipe, views=views)
-    learner.to(device).train()
+    learner.to(clip.device).train()
+    losses, tested = [], []
     if hasattr(learner, 'solve'):
-        learner.solve(*encode(learner, data.pictures('train', test_transform(learner.backbone)), progress=False))
-    elif params := list(learner.parameters()):
-        optimizer = torch.optim.SGD(params, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
-        run = dict(method=learner.method, hparams=learner.hparams, recipe=asdict(recipe), seed=seed, data=data.fingerprint, fingerprint=learner.backbone.fingerprint, precision=learner.backbone.precision, step=getattr(learner.training_step, 'settings', None))
-        if checkpoint := _checkpoint_file(checkpoint): losses, tested, best = _resume(checkpoint, learner, optimizer, run)
-        with _tracking(tracker, len(losses)+1) as track:
-            epochs = _epochs(learner, data, recipe, seed, first=len(losses)+1)
-            for epoch, batches in (bar := tqdm(epochs, learner.method, recipe.epochs, initial=len(losses), unit='epoch', disable=not progress, leave=False)):
-                for group in optimizer.param_groups: group['lr'] = lr_at(recipe, epoch)
-                losses.append(_train(learner, batches, optimizer, epoch, 1_000_003*seed + 500_000 + epoch))
-                bar.set_postfix(loss=f'{losses[-1]:.3f}')
-                if recipe.select == 'best_on_test':
-                    tested.append(evaluate(learner, data).accuracy)
-                    if tested[-1] > max(tested[:-1], default=-1): best = {n: p.detach().clone() for n, p in learner.named_parameters()}
-                    learner.train()
-                track(epoch, loss=losses[-1], learning_rate=lr_at(recipe, epoch), **({'test_accuracy': tested[-1]} if tested else {}))
-                if checkpoint: _checkpoint(checkpoint, learner, optimizer, run, losses, tested, best)
-        if best: learner.load_state_dict(best)
+        pictures = data.pictures('train', test_transform(clip))
+        learner.solve(*encode(learner, pictures, progress=False))
+    elif list(learner.parameters()):
+        losses, tested = _learn(learner, data, recipe, seed, checkpoint, progress, tracker)
     learner.eval()
-    return Fit(recipe, seed, losses, perf_counter()-start, learner.backbone.precision or str(learner.backbone.dtype)[6:], tested)
+    precision = clip.precision or str(clip.dtype)[6:]
+    return Fit(recipe, seed, losses, perf_counter()-start, precision, tested)
+
+# %% ../nbs/06_training.ipynb #06-018b
+def _learn(learner:PromptLearner, data:DataSet, recipe:Recipe, seed:int,
+           checkpoint:str|Path|None, progress:bool, tracker) -> tuple[list[float], list[float]]:
+    "The loop; losses and test accuracies of all epochs"
+    optimizer = torch.optim.SGD(learner.parameters(), recipe.lr, recipe.momentum,
+                                weight_decay=recipe.weight_decay)
+    checkpoint = _checkpoint_file(checkpoint)
+    run = _identity(learner, data, recipe, seed) if checkpoint else {}
+    losses, tested, best = _resume(checkpoint, learner, optimizer, run)
+    done = len(losses)
+    with _tracking(tracker, done+1) as track:
+        epochs = _epochs(learner, data, recipe, seed, first=done+1)
+        bar = tqdm(epochs, learner.method, recipe.epochs, initial=done, unit='epoch',
+                   disable=not progress, leave=False)
+        for epoch, batches in bar:
+            rate = lr_at(recipe, epoch)
+            for group in optimizer.param_groups: group['lr'] = rate
+            noise = 1_000_003*seed + 500_000 + epoch
+            losses.append(_train(learner, batches, optimizer, epoch, noise))
+            bar.set_postfix(loss=f'{losses[-1]:.3f}')
+            seen = dict(loss=losses[-1], learning_rate=rate)
+            if recipe.select == 'best_on_test':
+                best = _test(learner, data, tested, best)
+                seen['test_accuracy'] = tested[-1]
+            track(epoch, **seen)
+            if checkpoint: _checkpoint(checkpoint, learner, optimizer, run, losses, tested, best)
+    if best: learner.load_state_dict(best)
+    return losses, tested
 
 # %% ../nbs/06_training.ipynb #06-020
 def _train(learner:PromptLearner, batches, optimizer, epoch:int, seed:int) -> float:
@@ -144,8 +199,18 @@ def _train(learner:PromptLearner, batches, optimizer, epoch:int, seed:int) -> fl
         torch.manual_seed(seed)
         for batch in batches:
             try: losses.append(learner.training_step(batch, optimizer))
-            except FloatingPointError as e: raise FloatingPointError(f'epoch {epoch}, step {len(losses)+1}: {e}') from None
+            except FloatingPointError as e:
+                raise FloatingPointError(f'epoch {epoch}, step {len(losses)+1}: {e}') from None
     return sum(losses)/len(losses)
+
+def _test(learner:PromptLearner, data:DataSet, tested:list[float], best:dict) -> dict[str, Tensor]:
+    "Append this epoch's accuracy to `tested`; the best parameters so far"
+    accuracy = evaluate(learner, data).accuracy
+    learner.train()
+    if accuracy > max(tested, default=-1):
+        best = {name: p.detach().clone() for name, p in learner.named_parameters()}
+    tested.append(accuracy)
+    return best
 
 # %% ../nbs/06_training.ipynb #06-022
 @contextmanager
@@ -154,11 +219,14 @@ def _tracking(tracker, first:int):
     own = isinstance(tracker, (str, os.PathLike))
     if own: tracker = _writer(tracker, first)
     elif tracker is not None and not callable(getattr(tracker, 'add_scalar', None)):
-        raise ValueError(f'tracker is of type {type(tracker).__name__}; give a folder, or an object with add_scalar(tag, value, step)')
+        raise ValueError(f'tracker is of type {type(tracker).__name__}; give a folder, '
+                         'or an object with add_scalar(tag, value, step)')
     def track(epoch, **values):
         if tracker is None: return
         for tag, value in values.items(): tracker.add_scalar(tag, value, epoch)
-        if hasattr(tracker, 'flush'): tracker.flush()     # a writer may keep points back (TensorBoard's up to two minutes, `flush_secs`), and kill -9 would lose them
+        # A writer may keep points back (TensorBoard's up to two minutes, `flush_secs`), and
+        # kill -9 would lose them
+        if hasattr(tracker, 'flush'): tracker.flush()
     try: yield track
     finally:
         if own: tracker.close()
@@ -166,49 +234,96 @@ def _tracking(tracker, first:int):
 def _writer(folder:str|Path, first:int):
     "TensorBoard's writer, which drops points from epoch `first` on"
     try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: raise ValueError(f"tracker '{folder}' needs TensorBoard, which is not installed; `pip install \"clipprompt[tensorboard]\"`, or give an object with add_scalar(tag, value, step)") from None
+    except ImportError:
+        raise ValueError(f"tracker '{folder}' needs TensorBoard, which is not installed; "
+                         '`pip install "clipprompt[tensorboard]"`, or give an object with '
+                         'add_scalar(tag, value, step)') from None
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        while [*Path(folder).glob(f'events.out.tfevents.{int(time.time()):010d}.*')]: time.sleep(.02)   # read in the order of names, which count whole seconds
+        while _has_events_of_now(folder): time.sleep(.02)
         return SummaryWriter(folder, purge_step=first)
-    except OSError as e: raise OSError(f"cannot write the tracker's folder {folder} ({e.strerror or e}); choose a folder you may write to") from None
+    except OSError as e:
+        raise OSError(f"cannot write the tracker's folder {folder} ({e.strerror or e}); "
+                      'choose a folder you may write to') from None
+
+def _has_events_of_now(folder:str|Path) -> bool:
+    "Files are read in the order of their names, which count whole seconds"
+    return any(Path(folder).glob(f'events.out.tfevents.{int(time.time()):010d}.*'))
 
 # %% ../nbs/06_training.ipynb #06-024
+def _identity(learner:PromptLearner, data:DataSet, recipe:Recipe, seed:int) -> dict:
+    "What makes a run this run and no other"
+    clip = learner.backbone
+    return dict(method=learner.method, hparams=learner.hparams, recipe=asdict(recipe), seed=seed,
+                data=data.fingerprint, fingerprint=clip.fingerprint, precision=clip.precision,
+                step=getattr(learner.training_step, 'settings', None))
+
 def _checkpoint_file(path:str|Path|None) -> Path|None:
     "The file itself where a folder is given; raises now what would fail after the first epoch"
     if path is None or str(path) == '': return None
-    if Path(path).is_dir() or str(path).endswith(('/', os.sep)): path = Path(path)/'checkpoint.safetensors'
+    is_folder = Path(path).is_dir() or str(path).endswith(('/', os.sep))
+    path = Path(path)/'checkpoint.safetensors' if is_folder else Path(path)
     check_writable(path)
-    remove_leftovers(path)   # of a writer that was killed
-    return Path(path)
+    remove_leftovers(path)  # of a writer that was killed
+    return path
 
-def _checkpoint(path, learner, optimizer, run, losses, tested, best):
-    state = {f'param.{n}': p.detach().contiguous() for n, p in learner.named_parameters()} | {f'best.{n}': p for n, p in best.items()}
-    state |= {f'momentum.{n}': b for n, p in learner.named_parameters() if (b := optimizer.state[p].get('momentum_buffer')) is not None}
-    write_safely(path, lambda tmp: save_file(state, tmp, dict(run=json.dumps(run, sort_keys=True), losses=json.dumps(losses), tested=json.dumps(tested))))
+def _checkpoint(path:Path, learner:PromptLearner, optimizer, run:dict, losses:list[float],
+                tested:list[float], best:dict[str, Tensor]):
+    "Write all the state there is after an epoch"
+    state = {f'best.{name}': p for name, p in best.items()}
+    for name, p in learner.named_parameters():
+        state[f'param.{name}'] = p.detach().contiguous()
+        momentum = optimizer.state[p].get('momentum_buffer')
+        if momentum is not None: state[f'momentum.{name}'] = momentum
+    meta = dict(run=json.dumps(run, sort_keys=True), losses=json.dumps(losses),
+                tested=json.dumps(tested))
+    write_safely(path, lambda tmp: save_file(state, tmp, meta))
 
-def _resume(path, learner, optimizer, run) -> tuple[list[float], list[float], dict]:
-    "Put a checkpoint's state into learner and optimizer; losses and test accuracies of the finished epochs, and the best prompts"
-    if not Path(path).is_file(): return [], [], {}
-    try:
-        with safe_open(path, 'pt') as f: meta, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise ValueError(f'checkpoint {path} is damaged, or no checkpoint ({e}); give another file, or delete it to start anew') from None
-    if 'run' not in meta: raise ValueError(f'{path} is no checkpoint; give another file')
-    theirs = json.loads(meta['run'])
-    if different := [k for k in run if theirs.get(k) != json.loads(json.dumps(run[k]))]:
-        raise ValueError(f"checkpoint {path} belongs to another run: {', '.join(different)} differ{'s' if len(different) == 1 else ''}; give another file, or delete it")
+# %% ../nbs/06_training.ipynb #06-024b
+def _resume(path:Path|None, learner:PromptLearner, optimizer, run:dict
+            ) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """
+    Put a checkpoint's state into learner and optimizer
+
+    Returns losses and test accuracies of the finished epochs, and the best prompts.
+    """
+    if path is None or not path.is_file(): return [], [], {}
+    meta, state = _read_checkpoint(path)
+    _must_be_the_same(path, json.loads(meta['run']), json.loads(json.dumps(run)))
     with torch.no_grad():
-        for n, p in learner.named_parameters():
-            p.copy_(state[f'param.{n}'])
-            if f'momentum.{n}' in state: optimizer.state[p]['momentum_buffer'] = state[f'momentum.{n}'].to(p)
-    return json.loads(meta['losses']), json.loads(meta.get('tested', '[]')), {k[5:]: v.to(learner.backbone.device) for k, v in state.items() if k.startswith('best.')}
+        for name, p in learner.named_parameters():
+            p.copy_(state[f'param.{name}'])
+            momentum = state.get(f'momentum.{name}')
+            if momentum is not None: optimizer.state[p]['momentum_buffer'] = momentum.to(p)
+    device = learner.backbone.device
+    best = {name.removeprefix('best.'): p.to(device) for name, p in state.items()
+            if name.startswith('best.')}
+    return json.loads(meta['losses']), json.loads(meta.get('tested', '[]')), best
+
+def _read_checkpoint(path:Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, 'pt') as f:
+            meta = f.metadata() or {}
+            state = {k: f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e:
+        raise ValueError(f'checkpoint {path} is damaged, or no checkpoint ({e}); '
+                         'give another file, or delete it to start anew') from None
+    if 'run' not in meta: raise ValueError(f'{path} is no checkpoint; give another file')
+    return meta, state
+
+def _must_be_the_same(path:Path, theirs:dict, ours:dict):
+    different = [k for k in ours if theirs.get(k) != ours[k]]
+    if not different: return
+    differ = 'differs' if len(different) == 1 else 'differ'
+    raise ValueError(f"checkpoint {path} belongs to another run: {', '.join(different)} {differ}; "
+                     'give another file, or delete it')
 
 # %% ../nbs/06_training.ipynb #06-026
 @dataclass
 class Evaluation:
     "Scores of a test set"
-    logits:Tensor   # [N, C]
-    labels:Tensor   # [N]
+    logits:Tensor # [N, C]
+    labels:Tensor # [N]
 
     @property
     def hits(self) -> Tensor: # [N] bool
@@ -222,7 +337,10 @@ class Evaluation:
 
     def per_class(self) -> Tensor: # [C]
         "Top-1 for each class, in percent; NaN for a class without images"
-        return torch.stack([100*self.hits.double()[self.labels == c].mean() for c in range(self.logits.shape[1])])
+        n_classes = self.logits.shape[1]
+        images = torch.bincount(self.labels, minlength=n_classes)
+        right = torch.bincount(self.labels[self.hits], minlength=n_classes)
+        return 100*(right.double()/images)
 
 # %% ../nbs/06_training.ipynb #06-028
 @torch.no_grad()
@@ -231,17 +349,25 @@ def encode(
     pictures:Pictures,
     batch_size:int=100,
     progress:bool=False,
-    seed:int|None=None,   # of what is random in the pictures' transform
+    seed:int|None=None, # of what is random in the pictures' transform
 ) -> tuple[Tensor, Tensor]: # [N, E], [N]
-    "Image features and labels of a whole set; from the backbone's cache if it has one and the image side is frozen"
+    """
+    Image features and labels of a whole set
+
+    They come from the backbone's cache if it has one and the image side is frozen.
+    """
     clip = learner.backbone
     def make():
+        features, labels = [], []
         with torch.random.fork_rng(devices=[]):
             if seed is not None: torch.manual_seed(seed)
-            batches = tqdm(DataLoader(pictures, batch_size), desc='images', unit='batch', disable=not progress, leave=False)
-            features, labels = zip(*[(learner.image_features(x.to(clip.device)), y) for x, y in batches])
+            for images, y in tqdm(DataLoader(pictures, batch_size), desc='images', unit='batch',
+                                  disable=not progress, leave=False):
+                features.append(learner.image_features(images.to(clip.device)))
+                labels.append(y)
         return dict(features=torch.cat(features), labels=torch.cat(labels))
-    key = frozen_key(clip) | dict(pictures=pictures.fingerprint, seed=seed, by=learner.image_features.__qualname__)
+    key = frozen_key(clip) | dict(pictures=pictures.fingerprint, seed=seed,
+                                  by=learner.image_features.__qualname__)
     kept = make() if learner.learns_image else keep(clip.cache, key, make)
     return kept['features'].to(clip.device), kept['labels']
 
@@ -252,12 +378,20 @@ def evaluate(
     data:DataSet,
     split:str='test',
     batch_size:int=100,
-    features:tuple[Tensor, Tensor]|None=None, # from `encode`, when the image side is frozen and they are known already
+    # from `encode`, when the image side is frozen and they are known already
+    features:tuple[Tensor, Tensor]|None=None,
 ) -> Evaluation:
-    "Score a split. The learner must know the data set's classes. Raises ValueError when it does not"
-    if learner.classnames != (names := clean_names(data.classnames)):
-        raise ValueError(f'learner and data set differ in their classes or their order ({len(learner.classnames)} and {len(names)} classes); use learner.for_classes(data.classnames)')
+    "Score a split. Raises ValueError when the learner does not know the data set's classes"
+    names = clean_names(data.classnames)
+    if learner.classnames != names:
+        raise ValueError('learner and data set differ in their classes or their order '
+                         f'({len(learner.classnames)} and {len(names)} classes); '
+                         'use learner.for_classes(data.classnames)')
     learner.eval()
-    if features is None: features = encode(learner, data.pictures(split, test_transform(learner.backbone)), batch_size)
-    text = learner.text_features()                                          # once, not once per batch
-    return Evaluation(torch.cat([learner.logits(x, text) for x in features[0].split(batch_size)]).float().cpu(), features[1])
+    if features is None:
+        pictures = data.pictures(split, test_transform(learner.backbone))
+        features = encode(learner, pictures, batch_size)
+    images, labels = features
+    text = learner.text_features()  # once, not once per batch
+    logits = [learner.logits(x, text) for x in images.split(batch_size)]
+    return Evaluation(torch.cat(logits).float().cpu(), labels)
