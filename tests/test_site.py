@@ -30,7 +30,7 @@ ROOTS = '''() => [...document.querySelectorAll('msqrt mfrac')].map(f => {
     const root = f.closest('msqrt').getBoundingClientRect(), box = f.getBoundingClientRect();
     return [box.top - root.top, root.bottom - box.bottom, box.left - root.left, root.right - box.right] })'''
 FONT = '''() => document.fonts.ready.then(() => [...document.fonts].filter(f => f.status == 'loaded').map(f => f.family))'''
-HEADINGS = '''() => [...document.querySelectorAll('h1, h2, h3, h4, h5, h6')].filter(h => h.closest('main')).map(h => +h.tagName[1])'''
+HEADINGS = '''() => [...document.querySelectorAll('h1, h2, h3, h4, h5, h6')].filter(h => h.closest('main') && h.offsetParent).map(h => +h.tagName[1])'''
 NAMELESS = '''() => [...document.querySelectorAll('main img')].filter(i => !i.alt.trim()).map(i => i.src)'''
 CONTRAST = '''() => {
     const rgb = c => c.match(/[\\d.]+/g).map(Number);

@@ -129,8 +129,8 @@ def dead_links(path, md, ids):
 
 
 def wide_lines(code):
-    "Lines of `code` that no page shows whole; addresses can't be shorter"
-    return [l for l in code.splitlines() if len(l) > WIDE and 'http' not in l]
+    "Lines of `code` that no page shows whole; addresses can't be shorter, captions stand elsewhere"
+    return [l for l in code.splitlines() if len(l) > WIDE and 'http' not in l and not l.startswith('#|')]
 
 
 def form(path):

@@ -19,9 +19,11 @@ def from_root(m):
     return f']({posixpath.normpath("nbs/"+m[1])}{m[2] or ""})'
 
 
-def without_cards(md):
-    "What only the site can lay out"
-    return re.sub(r'^## The methods\n.*?^::::$\n*', '', md, flags=re.M | re.S)
+def for_host(md):
+    "Without what only the site lays out: the cards, attributes of pictures, and anchors, which a bare notebook lacks"
+    md = re.sub(r'^## The methods\n.*?^::::$\n*', '', md, flags=re.M | re.S)
+    md = re.sub(r'\{fig-alt="[^"]*"\}', '', md)
+    return re.sub(r'(\.ipynb)#[^)\s]*\)', r'\1)', md)
 
 
 def main():
@@ -29,11 +31,10 @@ def main():
     head = re.match(r'---\n(.*?)\n---\s*', md, re.S)
     meta = yaml.safe_load(head[1])
     body = re.sub(r'\]\((?![a-z]+:|[#/])([^)\s#]+)(#[^)\s]*)?\)', from_root, md[head.end():])
-    readme = re.sub(r'(\.ipynb)#[^)\s]*\)', r'\1)', without_cards(body))  # a bare notebook has no anchors
     intro = f'> {meta["description"]}\n\n{MADE}\n\n'
-    (ROOT/'README.md').write_text(f'# {meta["title"]}\n\n{intro}{readme}\n', encoding='utf-8')
-    # the site's front page has the book's title block on top
-    (ROOT/'index.qmd').write_text(f'---\nnumber-sections: false\n---\n\n{MADE}\n\n{body}\n', encoding='utf-8')
+    (ROOT/'README.md').write_text(f'# {meta["title"]}\n\n{intro}{for_host(body)}\n', encoding='utf-8')
+    # The site's front page has the book's title block on top; without a heading of its own it would be chapter 1
+    (ROOT/'index.qmd').write_text(f'# {meta["title"]} {{.unnumbered .front}}\n\n{MADE}\n\n{body}\n', encoding='utf-8')
 
 
 if __name__ == '__main__': main()
