@@ -28,7 +28,7 @@ def put(x:Tensor, slots:Tensor, tokens:Tensor) -> Tensor:
 def fill(prompts:Given|None, layer:int, x:Tensor, slots:Tensor) -> Tensor:
     "x as block `layer` finds it"
     if prompts is None: return x
-    carried = take(x, slots) if layer else None                                 # O_{l-1}: [G, C, n, D]
+    carried = take(x, slots) if layer else None       # O_{l-1}: [G, C, n, D]
     tokens = prompts.enter(layer, carried)
     return x if tokens is carried else put(x, slots, tokens)
 
@@ -36,10 +36,11 @@ def fill(prompts:Given|None, layer:int, x:Tensor, slots:Tensor) -> Tensor:
 def plain_text(backbone:Backbone,
     s:Sentences,              # C sentences
     prompts:Given|None=None,  # fills their slots
-) -> Tensor: # [G, C, d_t]
+) -> Tensor: # [G, C, D_t]
     "What stands at EOT behind the last block: the definition (Radford et al. 2021, section 2.4)"
     clip, C = backbone.text, len(s.ids)
-    x = fill(prompts, 0, backbone.embed(s.ids)[None], s.slots) + clip.positional_embedding   # [G, C, L, d_t]
+    x = fill(prompts, 0, backbone.embed(s.ids)[None], s.slots)   # [G, C, L, D_t]
+    x = x + clip.positional_embedding
     for l, block in enumerate(clip.transformer.resblocks):
         if l: x = fill(prompts, l, x, s.slots)
         x = block(x.flatten(0, 1), attn_mask=clip.attn_mask).unflatten(0, (-1, C))
@@ -48,11 +49,16 @@ def plain_text(backbone:Backbone,
 # %% ../nbs/03_towers.ipynb #03-012
 def _read(block, x:Tensor, pick=None) -> tuple[Tensor, ...]: # [N, L, D] -> x, q, k, v
     "What a block reads: x and q of the rows that `pick` picks, keys and values of all"
-    W, b, D, y = block.attn.in_proj_weight, block.attn.in_proj_bias, x.shape[-1], block.ln_1(x)
-    if pick is None: return x, *F.linear(y, W, b).chunk(3, -1)
-    return pick(x), F.linear(pick(y), W[:D], b[:D]), *F.linear(y, W[D:], b[D:]).chunk(2, -1)
+    W, b, D = block.attn.in_proj_weight, block.attn.in_proj_bias, x.shape[-1]
+    y = block.ln_1(x)
+    if pick is None:
+        q, k, v = F.linear(y, W, b).chunk(3, -1)
+        return x, q, k, v
+    q = F.linear(pick(y), W[:D], b[:D])
+    k, v = F.linear(y, W[D:], b[D:]).chunk(2, -1)
+    return pick(x), q, k, v
 
-def _heads(block, x:Tensor) -> Tensor: # [N, ..., L, D] -> [N, h, ..., L, d]
+def _heads(block, x:Tensor) -> Tensor: # [N, ..., L, D] -> [N, heads, ..., L, d]
     return x.unflatten(-1, (block.attn.num_heads, -1)).movedim(-2, 1)
 
 def _write(block, x:Tensor, out:Tensor) -> Tensor: # [N, L, D] twice
@@ -60,60 +66,107 @@ def _write(block, x:Tensor, out:Tensor) -> Tensor: # [N, L, D] twice
     x = x + block.ls_1(block.attn.out_proj(out))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
+# %% ../nbs/03_towers.ipynb #03-012b
 def run_block(block,
     x:Tensor,              # [N, L, D]
     causal:bool=False,     # does a row read only itself and what stands before it?
     rows:Tensor|None=None, # [N]: compute one row of each sequence
-) -> tuple[Tensor, Tensor, Tensor]: # x [N, L or 1, D]; keys and values [N, h, L, d]
+) -> tuple[Tensor, Tensor, Tensor]: # x [N, L or 1, D]; keys and values [N, heads, L, d]
     "One frozen pre-norm block, for all rows or for those that are read"
-    at, every = torch.arange(x.shape[1], device=x.device), torch.arange(len(x), device=x.device)
-    x, *qkv = _read(block, x, None if rows is None else lambda t: t[every, rows, None])
-    q, k, v = (_heads(block, t) for t in qkv)
-    mask = None if rows is None or not causal else (at <= rows[:, None])[:, None, None]      # [N, 1, 1, L]
+    pick = mask = None
+    if rows is not None:
+        every, at = torch.arange(len(x), device=x.device), torch.arange(x.shape[1], device=x.device)
+        pick = lambda t: t[every, rows, None]
+        if causal: mask = (at <= rows[:, None])[:, None, None]       # [N, 1, 1, L]
+    x, q, k, v = _read(block, x, pick)
+    q, k, v = (_heads(block, t) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and rows is None)
     return _write(block, x, out.transpose(1, 2).flatten(2)), k, v
 
 # %% ../nbs/03_towers.ipynb #03-017
+def _spread(t:Tensor, pack:Pack) -> Tensor: # [G, R, D] -> [G, C, longest, D]
+    "Packed rows as a rectangle, each sentence padded to the longest"
+    C, longest = pack.shape
+    rectangle = t.new_zeros(len(t), C*longest, t.shape[-1])
+    return rectangle.index_copy(1, pack.place, t).unflatten(1, (C, longest))
+
+def _attend_after(q, k, v, k_prefix, v_prefix, later) -> Tensor: # as q: [G, heads, C, rows, d]
+    "One softmax over a prefix that all C sentences share and over each sentence's own rows"
+    q = q*q.shape[-1]**-.5
+    pre = k_prefix.shape[2]
+    left = (q.flatten(2, 3) @ k_prefix.mT).view(*q.shape[:-1], pre)  # [G, heads, C, rows, pre]
+    right = (q @ k.mT).masked_fill(later, -torch.inf)                # [G, heads, C, rows, longest]
+    A = torch.cat([left, right], -1).softmax(-1)
+    return (A[..., :pre].flatten(2, 3) @ v_prefix).view(q.shape) + A[..., pre:] @ v
+
+# %% ../nbs/03_towers.ipynb #03-017b
 def run_after(block,
     x:Tensor,         # [G, R, D]: the packed rows behind the prefix
-    k_prefix:Tensor,  # [G, h, P, d]: read by all C sentences of a group
+    k_prefix:Tensor,  # [G, heads, pre, d]: read by all C sentences of a group
     v_prefix:Tensor,
     pack:Pack,        # whose rows are they?
     last:bool=False,  # compute only the last row of each sentence
 ) -> Tensor: # [G, R or C, D]
     "One frozen causal block for rows that stand behind a shared prefix"
-    (C, S), P, at = pack.shape, k_prefix.shape[2], torch.arange(pack.shape[1], device=x.device)
-    spread = lambda t: t.new_zeros(len(t), C*S, t.shape[-1]).index_copy(1, pack.place, t).unflatten(1, (C, S))   # [G, C, S, D]
-    x, q, k, v = _read(block, x, (lambda t: t.index_select(1, pack.last)) if last else None)
-    q, k, v = (_heads(block, t) for t in (q[:, :, None] if last else spread(q), spread(k), spread(v)))           # [G, h, C, 1 or S, d]
-    later = at > (pack.place[pack.last]%S)[:, None, None] if last else at > at[:, None]
-    q = q*q.shape[-1]**-.5
-    left = (q.flatten(2, 3) @ k_prefix.mT).view(*q.shape[:-1], P)                            # [G, h, C, 1 or S, P]
-    right = (q @ k.mT).masked_fill(later, -torch.inf)                                        # [G, h, C, 1 or S, S]
-    w = torch.cat([left, right], -1).softmax(-1)
-    out = (w[..., :P].flatten(2, 3) @ v_prefix).view(q.shape) + w[..., P:] @ v
-    out = out.movedim(1, -2).flatten(-2).flatten(1, 2)                                       # [G, C or C*S, D]
+    longest = pack.shape[1]
+    at = torch.arange(longest, device=x.device)
+    if last:
+        x, q, k, v = _read(block, x, lambda t: t.index_select(1, pack.last))
+        q = q[:, :, None]                                            # [G, C, 1, D]
+        later = at > (pack.place[pack.last] % longest)[:, None, None]
+    else:
+        x, q, k, v = _read(block, x)
+        q = _spread(q, pack)                                         # [G, C, longest, D]
+        later = at > at[:, None]
+    k, v = _spread(k, pack), _spread(v, pack)
+    q, k, v = (_heads(block, t) for t in (q, k, v))                  # [G, heads, C, rows, d]
+    out = _attend_after(q, k, v, k_prefix, v_prefix, later)
+    out = out.movedim(1, -2).flatten(-2).flatten(1, 2)               # [G, C*rows, D]
     return _write(block, x, out if last else out.index_select(1, pack.place))
 
 # %% ../nbs/03_towers.ipynb #03-021
 def run_beside(block,
     x:Tensor,    # [N, m, D]: rows that read, and are read by nobody but each other
-    k:Tensor,    # [N, h, L, d]: keys and values of what they read
+    k:Tensor,    # [N, heads, L, d]: keys and values of what they read
     v:Tensor,
-    mask:Tensor, # [N or 1, 1, m, L+m]: True where a row may read; its last m columns are the rows themselves
+    mask:Tensor, # [N or 1, 1, m, L+m], True where a row may read; the last m columns are their own
 ) -> Tensor: # [N, m, D]
     "One frozen block for rows beside a sequence that does not read them"
-    x, q, *own = _read(block, x)
-    q, own_k, own_v = (_heads(block, t) for t in (q, *own))
-    out = F.scaled_dot_product_attention(q, torch.cat([k, own_k], 2), torch.cat([v, own_v], 2), mask)
+    x, q, own_k, own_v = _read(block, x)
+    q, own_k, own_v = (_heads(block, t) for t in (q, own_k, own_v))
+    k, v = torch.cat([k, own_k], 2), torch.cat([v, own_v], 2)
+    out = F.scaled_dot_product_attention(q, k, v, mask)
     return _write(block, x, out.transpose(1, 2).flatten(2))
+
+# %% ../nbs/03_towers.ipynb #03-024a
+def _prefix(backbone:Backbone, s:Sentences, prompts:Given|None) -> list[tuple[Tensor, Tensor]]:
+    "Keys and values [G, heads, pre, d] of the shared prefix in each block"
+    pre, slots, past = s.shared, s.slots[:1], []
+    x = fill(prompts, 0, backbone.embed(s.ids[:1, :pre])[None], slots)   # [G, 1, pre, D_t]
+    x = x + backbone.text.positional_embedding[:pre]
+    for l, block in enumerate(backbone.text.transformer.resblocks):
+        if l: x = fill(prompts, l, x, slots)
+        x, k, v = run_block(block, x[:, 0], causal=True)
+        x = x[:, None]
+        past.append((k, v))
+    G = len(x)  # known once all prompts are in
+    return [(k.expand(G, -1, -1, -1), v.expand(G, -1, -1, -1)) for k, v in past]
+
+def _behind(backbone:Backbone, pack:Pack, past:list) -> Tensor: # [G, C, D_t]
+    "A chunk of sentences behind their prefix"
+    blocks, G = backbone.text.transformer.resblocks, len(past[0][0])
+    x = backbone.embed(pack.ids) + backbone.text.positional_embedding[pack.at]   # [R, D_t]
+    x = x.expand(G, -1, -1)
+    for l, (block, (k, v)) in enumerate(zip(blocks, past)):
+        x = run_after(block, x, k, v, pack, last=l == len(blocks)-1)
+    return x
 
 # %% ../nbs/03_towers.ipynb #03-025
 class TextTower:
     "The frozen causal text transformer with prompt slots"
     def __init__(self, backbone:Backbone,
         plain:bool=False,      # compute the definition: slow
-        chunk:int|None=None,   # sentences at once behind a shared prefix; 128 on a CPU, 1024 elsewhere
+        chunk:int|None=None,   # sentences behind a prefix at once; 128 on a CPU, 1024 elsewhere
         checkpoint:bool=False, # keep no activations; compute them again in the backward pass
     ):
         self.backbone, self.plain, self.chunk, self.checkpoint = backbone, plain, chunk, checkpoint
@@ -122,96 +175,100 @@ class TextTower:
     def __call__(self,
         s:Sentences,              # C sentences
         prompts:Given|None=None,  # fills their slots
-    ) -> Tensor: # [C, E], not normalised; [G, C, E] if the first tokens are [G, 1, n, d_t] or there are several groups
+    ) -> Tensor: # [C, E]; [G, C, E] of several groups, or if the first tokens are [G, 1, n, D_t]
+        "Text features, not normalised"
         share = s.shared and not getattr(prompts, 'per_class', False)
         with self.backbone.autocast():
-            x = plain_text(self.backbone, s, prompts) if self.plain else self._shared(s, prompts) if share else self._cut(s, prompts)
-            x, W = self.clip.ln_final(x), self.clip.text_projection                # [G, C, d_t]
+            if self.plain: x = plain_text(self.backbone, s, prompts)
+            else: x = self._shared(s, prompts) if share else self._cut(s, prompts)
+            x, W = self.clip.ln_final(x), self.clip.text_projection      # [G, C, D_t]
             x = (x @ W if isinstance(W, Tensor) else W(x)).to(self.backbone.dtype)
         grouped = prompts is not None and (len(x) > 1 or prompts.enter(0, None).ndim == 4)
         return x if grouped else x[0]
 
     def _run(self, f, *args):
         "Call f, now and (with `checkpoint`) again in the backward pass"
-        return checkpoint(f, *args, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else f(*args)
+        again = self.checkpoint and torch.is_grad_enabled()
+        return checkpoint(f, *args, use_reentrant=False) if again else f(*args)
 
-    def _cut(self, s:Sentences, prompts:Given|None) -> Tensor: # [G, C, d_t]
+    def _cut(self, s:Sentences, prompts:Given|None) -> Tensor: # [G, C, D_t]
         "All sentences, cut behind the longest"
-        L, C = max(s.lengths), len(s.ids)
-        x = fill(prompts, 0, self.backbone.embed(s.ids[:, :L])[None], s.slots) + self.clip.positional_embedding[:L]
+        L, C, final = max(s.lengths), len(s.ids), len(self.blocks)-1
+        x = fill(prompts, 0, self.backbone.embed(s.ids[:, :L])[None], s.slots)
+        x = x + self.clip.positional_embedding[:L]
         for l, block in enumerate(self.blocks):
             if l: x = fill(prompts, l, x, s.slots)
-            rows = s.eot.repeat(len(x)) if l == len(self.blocks)-1 else None
-            x = self._run(run_block, block, x.flatten(0, 1), True, rows)[0].unflatten(0, (-1, C))
+            rows = s.eot.repeat(len(x)) if l == final else None
+            x, _, _ = self._run(run_block, block, x.flatten(0, 1), True, rows)
+            x = x.unflatten(0, (-1, C))
         return x[:, :, 0]
 
-    def _shared(self, s:Sentences, prompts:Given|None) -> Tensor: # [G, C, d_t]
+    def _shared(self, s:Sentences, prompts:Given|None) -> Tensor: # [G, C, D_t]
         "The prefix once, the rest packed, in chunks"
-        past, chunk = self._prefix(s, prompts), self.chunk or (128 if s.ids.device.type == 'cpu' else 1024)
-        return torch.cat([self._run(self._behind, pack, past) for pack in s.packs(max(1, chunk//len(past[0][0])))], 1)
-
-    def _prefix(self, s:Sentences, prompts:Given|None) -> list[tuple[Tensor, Tensor]]:
-        "Keys and values [G, h, P, d] of the shared prefix in each block"
-        P, slots, past = s.shared, s.slots[:1], []
-        x = fill(prompts, 0, self.backbone.embed(s.ids[:1, :P])[None], slots) + self.clip.positional_embedding[:P]  # [G, 1, P, d_t]
-        for l, block in enumerate(self.blocks):
-            if l: x = fill(prompts, l, x, slots)
-            x, *kv = run_block(block, x[:, 0], causal=True)
-            x, past = x[:, None], [*past, kv]
-        return [(k.expand(len(x), -1, -1, -1), v.expand(len(x), -1, -1, -1)) for k, v in past]
-
-    def _behind(self, pack:Pack, past:list) -> Tensor: # [G, C, d_t]
-        "A chunk of sentences behind their prefix"
-        x = self.backbone.embed(pack.ids) + self.clip.positional_embedding[pack.at]              # [R, d_t]
-        x = x.expand(len(past[0][0]), -1, -1)
-        for l, (block, kv) in enumerate(zip(self.blocks, past), 1): x = run_after(block, x, *kv, pack, last=l == len(self.blocks))
-        return x
+        past = _prefix(self.backbone, s, prompts)
+        chunk = self.chunk or (128 if s.ids.device.type == 'cpu' else 1024)
+        size = max(1, chunk//len(past[0][0]))  # each in G groups
+        parts = [self._run(_behind, self.backbone, pack, past) for pack in s.packs(size)]
+        return torch.cat(parts, 1)
 
 # %% ../nbs/03_towers.ipynb #03-035
 class VisionTower:
-    "The frozen ViT with prompt slots (Dosovitskiy et al. 2021; slots as in Jia et al. 2022, section 3.2)"
+    """The frozen ViT with prompt slots
+
+    Dosovitskiy et al. 2021; slots as in Jia et al. 2022, section 3.2.
+    """
     def __init__(self, backbone:Backbone,
         after:str='patches',  # where the slots sit: after the 'patches' or after 'cls'
         ln_pre:bool=True,     # do the first block's prompts pass ln_pre?
     ):
-        if after not in ('patches', 'cls'): raise ValueError(f"slots can sit after 'patches' or after 'cls', not '{after}'")
+        if after not in ('patches', 'cls'):
+            raise ValueError(f"slots can sit after 'patches' or after 'cls', not '{after}'")
         self.backbone, self.vit, self.after, self.ln_pre = backbone, backbone.visual, after, ln_pre
 
-    def embed(self, images:Tensor) -> Tensor: # [B, 3, H, W] -> [B, 1+N, d_v]
+    def embed(self, images:Tensor) -> Tensor: # [B, 3, H, W] -> [B, 1+N, D_v]
         "CLS and patches with their positions, before ln_pre"
         size = self.backbone.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f'images have shape {list(images.shape)}, the tower reads [B, 3, {size}, {size}]; use the transform of chapter 04')
-        if not images.isfinite().all(): raise ValueError('images contain NaN or infinite values; look at the file or the transform that made them')
-        x = self.vit.conv1(images.to(self.backbone.dtype)).flatten(2).transpose(1, 2)    # [B, N, d_v]
+            raise ValueError(f'images have shape {list(images.shape)}, the tower reads '
+                             f'[B, 3, {size}, {size}]; use the transform of the data chapter')
+        if not images.isfinite().all():
+            raise ValueError('images contain NaN or infinite values; '
+                             'look at the file or the transform that made them')
+        x = self.vit.conv1(images.to(self.backbone.dtype)).flatten(2).transpose(1, 2)  # [B, N, D_v]
         cls = self.vit.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         return torch.cat([cls, x], 1) + self.vit.positional_embedding.to(x.dtype)
 
     def _put(self, x:Tensor, tokens:Tensor, start:int, stop:int) -> Tensor:
-        "x with tokens [n, d_v] or [B, n, d_v] in place of the rows from `start` up to `stop`"
+        "x with tokens [n, D_v] or [B, n, D_v] in place of the rows from `start` up to `stop`"
         tokens = tokens.to(x.dtype).expand(len(x), *tokens.shape[-2:])
         return torch.cat([x[:, :start], tokens, x[:, stop:]], 1)
 
     def __call__(self,
         images:Tensor,            # [B, 3, H, W], normalised
         prompts:Given|None=None,  # fills the slots
-    ) -> Tensor: # [B, E], not normalised
+    ) -> Tensor: # [B, E]
+        "Image features, not normalised"
         with self.backbone.autocast():
-            x = self.vit.ln_post(self._plain(images) if prompts is None else self._prompted(images, prompts)) @ self.vit.proj
+            x = self._plain(images) if prompts is None else self._prompted(images, prompts)
+            x = self.vit.ln_post(x) @ self.vit.proj
         return x.to(self.backbone.dtype)
 
-    def _plain(self, images:Tensor) -> Tensor: # [B, d_v]
+    def _plain(self, images:Tensor) -> Tensor: # [B, D_v]
         x = self.vit.ln_pre(self.embed(images))
         for block in self.vit.transformer.resblocks: x = block(x)
         return x[:, 0]
 
-    def _prompted(self, images:Tensor, prompts:Given) -> Tensor: # [B, d_v]
-        x, tokens, blocks = self.embed(images), prompts.enter(0, None), self.vit.transformer.resblocks
+    def _prompted(self, images:Tensor, prompts:Given) -> Tensor: # [B, D_v]
+        blocks = self.vit.transformer.resblocks
+        x, tokens = self.embed(images), prompts.enter(0, None)
         start = 1 if self.after == 'cls' else x.shape[1]
-        stop = start + tokens.shape[-2]                                                  # x[:, start:stop] are the slots
-        if self.ln_pre: x = self.vit.ln_pre(self._put(x, tokens, start, start))          # [B, 1+N+n, d_v]
+        stop = start + tokens.shape[-2]                          # x[:, start:stop] are the slots
+        if self.ln_pre: x = self.vit.ln_pre(self._put(x, tokens, start, start))  # [B, 1+N+n, D_v]
         else: x = self._put(self.vit.ln_pre(x), tokens, start, start)
+        cls = x.new_zeros(len(x), dtype=torch.long)              # row 0 of each image
         for l, block in enumerate(blocks):
-            if l and (tokens := prompts.enter(l, carried := x[:, start:stop])) is not carried: x = self._put(x, tokens, start, stop)
-            x, _, _ = run_block(block, x, rows=x.new_zeros(len(x), dtype=torch.long) if l == len(blocks)-1 else None)
-        return x[:, 0]                                                                   # CLS
+            carried = x[:, start:stop]
+            tokens = prompts.enter(l, carried) if l else carried
+            if tokens is not carried: x = self._put(x, tokens, start, stop)
+            x, _, _ = run_block(block, x, rows=cls if l == len(blocks)-1 else None)
+        return x[:, 0]
