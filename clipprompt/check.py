@@ -7,6 +7,7 @@ __all__ = ['CHECKS', 'Golden', 'small_clip', 'ContractError', 'check_learner']
 
 # %% ../nbs/08_check.ipynb #08-003
 import json, random, warnings
+from collections import defaultdict
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -31,76 +32,129 @@ class Golden:
         dtype:torch.dtype=torch.float64,
     ):
         path = Path(path)
-        self.json, self.tensors = json.loads(path.with_suffix('.json').read_text()), load_file(path.with_suffix('.safetensors'))
-        self.dtype, J, T = dtype, self.json, self.tensors
-        model = open_clip.model.CLIP(**J['model_cfg']).to(dtype)
-        rows = torch.zeros(model.token_embedding.weight.shape, dtype=dtype)
-        rows[T['tokens.used_ids'].long()] = T['tokens.used_rows'].to(dtype)                     # only the rows that occur are stored
-        model.load_state_dict({k[5:]: v.to(dtype) for k, v in T.items() if k.startswith('clip.')} | {'token_embedding.weight': rows})
-        self.backbone = Backbone(model, J['case'])
+        self.dtype = dtype
+        self.json = json.loads(path.with_suffix('.json').read_text())
+        self.tensors = load_file(path.with_suffix('.safetensors'))
+        model = open_clip.model.CLIP(**self.json['model_cfg']).to(dtype)
+        words = torch.zeros(model.token_embedding.weight.shape, dtype=dtype)
+        used = self.tensors['tokens.used_ids'].long()  # only the rows that occur are stored
+        words[used] = self.tensors['tokens.used_rows'].to(dtype)
+        weights = {k.removeprefix('clip.'): v.to(dtype)
+                   for k, v in self.tensors.items() if k.startswith('clip.')}
+        model.load_state_dict(weights | {'token_embedding.weight': words})
+        self.backbone = Backbone(model, self.json['case'])
 
     def batch(self, step:int,
         learner:Classifier|None=None,  # whose batch it is
     ) -> tuple[Tensor, ...]: # [B, 3, H, W], [B], and what the learner reads beside them
-        images, T = self.tensors['batch.images'][step].to(self.dtype), self.tensors
-        beside = dict(frozen=lambda: Classifier.image_features(learner, images), domains=lambda: T['batch.domains'][step].long())
-        return images, T['batch.labels'][step].long(), *(beside[k]() for k in (learner.reads if learner else ()))
+        "The images and labels of a step"
+        images = self.tensors['batch.images'][step].to(self.dtype)
+        labels = self.tensors['batch.labels'][step].long()
+        beside = {'frozen': lambda: Classifier.image_features(learner, images),
+                  'domains': lambda: self.tensors['batch.domains'][step].long()}
+        reads = learner.reads if learner else ()
+        return images, labels, *(beside[what]() for what in reads)
 
     def error(self, key:str, ours:Tensor) -> dict[str, float]:
-        "Error of `expect.<key>`, or of its recorded sample if the tensor is large; nothing if it was not recorded"
+        """Error of `expect.<key>`; nothing if it was not recorded
+
+        Of a large tensor only a sample was recorded; then it is compared.
+        """
         if f'expect.{key}' not in self.tensors:
             group, _, param = key.partition('.')
             key = f'{group}_sample.{param}'
             if f'expect.{key}' not in self.tensors: return {}
-            ours = ours.flatten()[::next(v for k, v in self.json['sampled'].items() if param in k)['stride']]
+            sample = next(how for name, how in self.json['sampled'].items() if param in name)
+            ours = ours.flatten()[::sample['stride']]
         theirs = self.tensors[f'expect.{key}'].double()
-        if ours.shape != theirs.shape: raise ValueError(f'{key} has shape {list(ours.shape)}, recorded is {list(theirs.shape)}')
-        return {key: ((ours.detach().double()-theirs).abs().max()/theirs.abs().max().clamp_min(1e-30)).item()}
+        if ours.shape != theirs.shape:
+            raise ValueError(f'{key} has shape {list(ours.shape)}, '
+                             f'recorded is {list(theirs.shape)}')
+        gap = (ours.detach().double()-theirs).abs().max()
+        return {key: (gap/theirs.abs().max().clamp_min(1e-30)).item()}
 
-    def start(self, learner:PromptLearner, where:dict) -> dict:
-        "Copy the recorded start into the learner; `where`: recorded name -> (our parameter, index into it)"
+    def start(self, learner:PromptLearner,
+        where:dict,  # recorded name -> (our parameter, index into it)
+    ) -> dict: # all parameters by name
+        "Copy the recorded start into the learner"
         params = dict(learner.to(self.dtype).named_parameters())
-        for name, (ours, at) in where.items(): params[ours].data[at] = self.tensors[f'init.{name}'].to(self.dtype)
+        for name, (ours, at) in where.items():
+            params[ours].data[at] = self.tensors[f'init.{name}'].to(self.dtype)
         return params
 
-    def replay(self, learner:PromptLearner, where:dict,
-        inject=lambda learner, step: None,   # puts what was drawn at random in a step into the learner; step None: in evaluation
+    def replay(self, learner:PromptLearner,
+        where:dict,                         # as for `start`
+        inject=lambda learner, step: None,  # puts a step's random draw in; step None: in evaluation
     ) -> dict[str, float]:
-        "Errors of all that was recorded: first batch, gradients, every step, evaluation after them, other classes"
-        params, errors, o = self.start(learner, where), {}, self.json['optimizer']
+        """Errors of all that was recorded
+
+        First batch, gradients, every step, evaluation after them, other classes.
+        """
+        params = self.start(learner, where)
         inject(learner, 0)
-        x, *rest = self.batch(0, learner)
-        loss = learner.loss(x, *rest)
-        grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()))))
-        errors |= self.error('logits_0', learner(x)) | self.error('loss_0', loss.reshape(self.tensors['expect.loss_0'].shape))
-        for term, value in learner.loss_terms(x, *rest).items(): errors |= self.error(f'loss_term.{term}_0', value)
-        for name, (ours, at) in where.items(): errors |= self.error(f'grad.{name}', grads[ours][at])
-        opt = torch.optim.SGD(params.values(), o['base_lr'], o['momentum'], o['dampening'], o['weight_decay'], o['nesterov'])
-        losses, terms, trace = [], {}, {name: [] for name in where}
-        for step, opt.param_groups[0]['lr'] in enumerate(self.json['lr_per_step']):
-            inject(learner, step)
-            for term, value in learner.loss_terms(*self.batch(step, learner)).items(): terms.setdefault(term, []).append(value.detach())
-            losses.append(learner.training_step(self.batch(step, learner), opt))
-            for name, (ours, at) in where.items(): trace[name].append(params[ours][at].detach().clone())
-        errors |= self.error('loss_trace', torch.tensor(losses, dtype=torch.float64))
-        for term, values in terms.items(): errors |= self.error(f'loss_trace_{term}', torch.stack(values))
-        for name, values in trace.items(): errors |= self.error(f'param_after.{name}', values[-1]) | self.error(f'param_trace.{name}', torch.stack(values))
-        with torch.no_grad():
-            seen = self.tensors['eval.images'].to(self.dtype)
-            inject(learner.eval(), None)
-            errors |= self.error('eval_logits', learner(seen))
-            if 'expect.new_class_logits' in self.tensors:
-                inject(other := learner.for_classes(self.json['new_classnames']), None)
-                errors |= self.error('new_class_logits', other(seen))
-        return errors
+        errors = _first_batch(self, learner, params, where)
+        errors |= _every_step(self, learner, params, where, inject)
+        return errors | _evaluation(self, learner, inject)
+
+# %% ../nbs/08_check.ipynb #08-005b
+def _first_batch(golden, learner, params, where) -> dict[str, float]:
+    batch = golden.batch(0, learner)
+    loss = learner.loss(*batch)
+    grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()))))
+    errors = golden.error('logits_0', learner(batch[0]))
+    errors |= golden.error('loss_0', loss.reshape(golden.tensors['expect.loss_0'].shape))
+    for term, value in learner.loss_terms(*batch).items():
+        errors |= golden.error(f'loss_term.{term}_0', value)
+    for name, (ours, at) in where.items():
+        errors |= golden.error(f'grad.{name}', grads[ours][at])
+    return errors
+
+# %% ../nbs/08_check.ipynb #08-005d
+def _every_step(golden, learner, params, where, inject) -> dict[str, float]:
+    o = golden.json['optimizer']
+    opt = torch.optim.SGD(params.values(), o['base_lr'], o['momentum'], o['dampening'],
+                          o['weight_decay'], o['nesterov'])
+    losses, terms, trace = [], defaultdict(list), defaultdict(list)
+    for step, lr in enumerate(golden.json['lr_per_step']):
+        opt.param_groups[0]['lr'] = lr
+        inject(learner, step)
+        batch = golden.batch(step, learner)
+        for term, value in learner.loss_terms(*batch).items(): terms[term].append(value.detach())
+        losses.append(learner.training_step(batch, opt))
+        for name, (ours, at) in where.items():
+            trace[name].append(params[ours][at].detach().clone())
+    errors = golden.error('loss_trace', torch.tensor(losses, dtype=torch.float64))
+    for term, values in terms.items():
+        errors |= golden.error(f'loss_trace_{term}', torch.stack(values))
+    for name, values in trace.items():
+        errors |= golden.error(f'param_after.{name}', values[-1])
+        errors |= golden.error(f'param_trace.{name}', torch.stack(values))
+    return errors
+
+# %% ../nbs/08_check.ipynb #08-005f
+@torch.no_grad()
+def _evaluation(golden, learner, inject) -> dict[str, float]:
+    images = golden.tensors['eval.images'].to(golden.dtype)
+    inject(learner.eval(), None)
+    errors = golden.error('eval_logits', learner(images))
+    if 'expect.new_class_logits' in golden.tensors:
+        other = learner.for_classes(golden.json['new_classnames'])
+        inject(other, None)
+        errors |= golden.error('new_class_logits', other(images))
+    return errors
 
 # %% ../nbs/08_check.ipynb #08-018
 def small_clip(dtype:torch.dtype=torch.float64) -> Backbone:
-    "A random CLIP, always the same: text tower of 3 blocks and width 24, image tower of 4 blocks and width 32"
+    """A random CLIP, always the same
+
+    Text tower of 3 blocks and width 24, image tower of 4 blocks and width 32.
+    """
+    vision_cfg = dict(image_size=16, layers=4, width=32, head_width=16, patch_size=8)
+    text_cfg = dict(context_length=77, vocab_size=49408, width=24, heads=2, layers=3)
+    cfg = dict(embed_dim=64, vision_cfg=vision_cfg, text_cfg=text_cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        clip = build_backbone(dict(embed_dim=64, vision_cfg=dict(image_size=16, layers=4, width=32, head_width=16, patch_size=8),
-                                   text_cfg=dict(context_length=77, vocab_size=49408, width=24, heads=2, layers=3)), name='small-random')
+        clip = build_backbone(cfg, name='small-random')
         for p in clip.model.parameters():
             if p.ndim == 1: p.data += .5*torch.randn_like(p)
     return clip.to('cpu', dtype)
@@ -118,16 +172,27 @@ class _Skip(Exception): pass
 def _must(ok, seen:str, cure:str):
     if not ok: raise _Broken(f'{seen}; {cure}')
 
+def _none(found:list[str], seen:str, cure:str):
+    "Nothing may be found; `seen` has {} where its names go"
+    if found: _must(False, seen.format(', '.join(found)), cure)
+
 def _equal(a:Tensor, b:Tensor, what:str, cure:str, tol:float=1e-9):
     "Shape and values, relative to the largest"
     _must(a.shape == b.shape, f'{what} have shape {list(a.shape)}, expected {list(b.shape)}', cure)
-    gap = ((a-b).abs().max()/b.abs().max().clamp_min(1e-30)).item() if b.numel() else 0.
+    if b.numel() == 0: return
+    gap = ((a-b).abs().max()/b.abs().max().clamp_min(1e-30)).item()
     _must(gap <= tol, f'{what} differ by {gap:.0e} of the largest value', cure)
 
+# %% ../nbs/08_check.ipynb #08-020b
 def _generators() -> dict:
     "The states of the global random generators"
     name, keys, *place = np.random.get_state()
-    return dict(torch=torch.get_rng_state().numpy().tobytes(), Python=random.getstate(), NumPy=(keys.tobytes(), *place))
+    return dict(torch=torch.get_rng_state().numpy().tobytes(), Python=random.getstate(),
+                NumPy=(keys.tobytes(), *place))
+
+def _used(before:dict) -> str:
+    "The generators that have moved on since"
+    return ' and '.join(k for k, state in _generators().items() if state != before[k])
 
 @contextmanager
 def _seeded(seed:int=0):
@@ -136,6 +201,12 @@ def _seeded(seed:int=0):
         torch.manual_seed(seed)
         yield
 
+def _values(module) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+def _differ(a:dict, b:dict) -> list[str]:
+    return [k for k in {**a, **b} if k not in a or k not in b or not torch.equal(a[k], b[k])]
+
 # %% ../nbs/08_check.ipynb #08-022
 class _Trial:
     "A learner class with hyper-parameters, and something to try it on"
@@ -143,15 +214,19 @@ class _Trial:
     others = ['teapot', 'umbrella', 'bus stop', 'camera']   # two of them are known
 
     def __init__(self, cls, hparams):
-        self.cls, self.hparams, self.takes, self.clip = cls, hparams, signature(cls).parameters, small_clip()
-        self.frozen, g = _values(self.clip.model), torch.Generator().manual_seed(0)
-        self.images, self.labels = torch.randn(8, 3, 16, 16, generator=g, dtype=torch.float64), torch.arange(8) % 7
+        self.cls, self.hparams, self.takes = cls, hparams, signature(cls).parameters
+        self.clip = small_clip()
+        self.frozen = _values(self.clip.model)
+        g = torch.Generator().manual_seed(0)
+        self.images = torch.randn(8, 3, 16, 16, generator=g, dtype=torch.float64)
+        self.labels = torch.arange(8) % 7
 
     def make(self, names=None, clip=None, moved:int=1, **changed) -> PromptLearner:
         "A learner in eval mode; `moved` seeds what is added to its start, 0 leaves the start"
-        learner = self.cls(clip or self.clip, names or self.names, **self.hparams | changed).to((clip or self.clip).dtype).eval()
-        g = torch.Generator().manual_seed(moved)
-        for p in learner.parameters() if moved else (): p.data += .1*torch.randn(p.shape, generator=g).to(p)
+        clip = clip or self.clip
+        learner = self.cls(clip, names or self.names, **self.hparams | changed)
+        learner = learner.to(clip.dtype).eval()
+        if moved: _move(learner, moved)
         return learner
 
     def learner(self) -> PromptLearner:
@@ -166,174 +241,284 @@ class _Trial:
 
     def batch(self, learner, images=None) -> tuple[Tensor, ...]:
         images = self.images if images is None else images
-        beside = dict(frozen=Classifier.image_features(learner, images), domains=torch.arange(8) % 3)
-        return images, self.labels, *(beside[k] for k in learner.reads)
+        beside = {'frozen': Classifier.image_features(learner, images),
+                  'domains': torch.arange(8) % 3}
+        return images, self.labels, *(beside[what] for what in learner.reads)
 
     def loss(self, learner) -> Tensor:
         with _seeded(): return learner.train().loss(*self.batch(learner))
 
     def train(self, learner, steps:int=3, lr:float=.002) -> list[float]:
-        opt = torch.optim.SGD(learner.train().parameters(), lr, momentum=.9, weight_decay=5e-4)
-        with _seeded(): return [learner.training_step(self.batch(learner), opt) for _ in range(steps)]
+        params = learner.train().parameters()
+        opt = torch.optim.SGD(params, lr, momentum=.9, weight_decay=5e-4)
+        def step(): return learner.training_step(self.batch(learner), opt)
+        with _seeded(): return [step() for _ in range(steps)]
 
-def _values(module) -> dict[str, Tensor]: return {k: v.detach().clone() for k, v in module.state_dict().items()}
-def _differ(a:dict, b:dict) -> list[str]: return [k for k in {**a, **b} if k not in a or k not in b or not torch.equal(a[k], b[k])]
+@torch.no_grad()
+def _move(learner, seed:int):
+    g = torch.Generator().manual_seed(seed)
+    for p in learner.parameters(): p += .1*torch.randn(p.shape, generator=g).to(p)
 
 # %% ../nbs/08_check.ipynb #08-024
+def _as_json(values:dict) -> dict: return json.loads(json.dumps(values))
+
 def _rebuild(t):
-    "`hparams` holds every argument of the constructor, as JSON can write it, and builds the same learner again"
+    """`hparams` holds every argument of the constructor, as JSON can write it
+
+    it builds the same learner again
+    """
     changed = dict(seed=3) if 'seed' in t.takes else {}
     learner = t.make(moved=0, **changed)
-    given = {k: p.default for k, p in t.takes.items() if p.default is not p.empty} | t.hparams | changed
-    lost = [k for k, v in given.items() if k not in learner.hparams or json.dumps(learner.hparams[k]) != json.dumps(v)]
-    _must(not lost, f'hparams lacks {", ".join(lost)}, or has another value there', 'hand every argument on: super().__init__(backbone, classnames, name=name, ...)')
-    again = t.cls(t.clip, t.names, **json.loads(json.dumps(learner.hparams))).to(t.clip.dtype)
-    _must(not (d := _differ(_values(learner), _values(again))), f'built again from hparams, {", ".join(d)} differ', 'let the start depend on hparams alone')
+    given = {k: p.default for k, p in t.takes.items() if p.default is not p.empty}
+    given |= t.hparams | changed
+    held = learner.hparams
+    lost = [k for k, v in given.items() if k not in held or json.dumps(held[k]) != json.dumps(v)]
+    _none(lost, 'hparams lacks {}, or has another value there',
+          'hand every argument on: super().__init__(backbone, classnames, name=name, ...)')
+    again = t.cls(t.clip, t.names, **_as_json(held)).to(t.clip.dtype)
+    _none(_differ(_values(learner), _values(again)), 'built again from hparams, {} differ',
+          'let the start depend on hparams alone')
 
 # %% ../nbs/08_check.ipynb #08-026
 def _parameters(t):
-    "The parameters are exactly what is trained: none is CLIP's, each requires a gradient, and `state_dict` holds nothing else"
+    """The parameters are exactly what is trained, and `state_dict` holds nothing else
+
+    none is CLIP's, each requires a gradient
+    """
     learner, clip = t.make(), t.clip.model
-    memory, names = {p.untyped_storage().data_ptr() for p in clip.state_dict().values()}, dict(learner.named_parameters())
-    _must(names or not (learner.learns_text or learner.learns_image), 'it says that it learns but has no parameters', 'wrap what is learned in nn.Parameter, lists of them in nn.ParameterList')
-    _must(not set(map(id, clip.modules())) & set(map(id, learner.modules())), "a part of CLIP is a submodule", 'borrow CLIP through self.backbone, self.text and self.vision')
-    theirs = [n for n, p in names.items() if p.untyped_storage().data_ptr() in memory]
-    _must(not theirs, f"{', '.join(theirs)} lies in CLIP's memory", 'start from a copy: .detach().clone()')
-    still = [n for n, p in names.items() if not p.requires_grad]
-    _must(not still, f"{', '.join(still)} requires no gradient", 'keep what is not trained out of the parameters')
-    extra = [k for k in learner.state_dict() if k not in names]
-    _must(not extra, f"state_dict also holds {', '.join(extra)}", 'keep what follows from class names or CLIP as a plain attribute, or in a buffer with persistent=False')
+    params = dict(learner.named_parameters())
+    _must(params or not (learner.learns_text or learner.learns_image),
+          'it says that it learns but has no parameters',
+          'wrap what is learned in nn.Parameter, lists of them in nn.ParameterList')
+    _must(set(clip.modules()).isdisjoint(learner.modules()), 'a part of CLIP is a submodule',
+          'borrow CLIP through self.backbone, self.text and self.vision')
+    memory = {v.untyped_storage().data_ptr() for v in clip.state_dict().values()}
+    theirs = [n for n, p in params.items() if p.untyped_storage().data_ptr() in memory]
+    _none(theirs, "{} lies in CLIP's memory", 'start from a copy: .detach().clone()')
+    still = [n for n, p in params.items() if not p.requires_grad]
+    _none(still, '{} requires no gradient', 'keep what is not trained out of the parameters')
+    extra = [k for k in learner.state_dict() if k not in params]
+    _none(extra, 'state_dict also holds {}',
+          'keep what follows from class names or CLIP as a plain attribute, '
+          'or in a buffer with persistent=False')
 
 def _class_list(t):
     "Where `transfers` is true, the shapes of what is stored do not depend on the classes"
     if not t.make().transfers: raise _Skip('its prompts belong to their classes')
-    a, b = ({k: v.shape for k, v in t.make(names).state_dict().items()} for names in (t.names, t.others))
-    _must(a == b, f"with other classes the shape of {', '.join(k for k in a if a[k] != b.get(k))} changes", 'set transfers = False, or learn what all classes share')
+    def shapes(names): return {k: v.shape for k, v in t.make(names).state_dict().items()}
+    a, b = shapes(t.names), shapes(t.others)
+    changed = ', '.join(k for k in a if a[k] != b.get(k))
+    _must(a == b, f'with other classes the shape of {changed} changes',
+          'set transfers = False, or learn what all classes share')
 
 # %% ../nbs/08_check.ipynb #08-028
 def _random_state(t):
     "Building and predicting leave the generators of torch, Python and NumPy alone"
     torch.rand(1), random.random(), np.random.rand()     # leave the states that a seed of 0 gives
     def untouched(what, call):
-        before, result = _generators(), call()
-        used = [k for k, v in _generators().items() if v != before[k]]
-        _must(not used, f"{what} uses {' and '.join(used)}'s global generator", 'draw from torch.Generator().manual_seed(seed), or inside torch.random.fork_rng')
+        before = _generators()
+        result = call()
+        used = _used(before)
+        _must(not used, f"{what} uses {used}'s global generator",
+              'draw from torch.Generator().manual_seed(seed), or inside torch.random.fork_rng')
         return result
-    learner = untouched('the constructor', lambda: t.cls(t.clip, t.names, **t.hparams)).to(t.clip.dtype)
+    learner = untouched('the constructor', lambda: t.cls(t.clip, t.names, **t.hparams))
+    learner = learner.to(t.clip.dtype)
     untouched('predicting', lambda: t.logits(learner))
 
 def _seed(t):
-    "Equal hyper-parameters give an equal start and equal losses, another `seed` another start; training may use torch's generator, which `fit` seeds, but no other"
-    a, b = (t.make(moved=0) for _ in range(2))
-    _must(not (d := _differ(_values(a), _values(b))), f"two learners built alike differ in {', '.join(d)}", 'make the start a function of `seed`')
-    noise = dict(ctx_init=None) if 'ctx_init' in t.takes else {}   # a start from words is the same for all seeds
-    if 'seed' in t.takes and _values(a): _must(_differ(*(_values(t.make(moved=0, seed=s, **noise)) for s in (1, 2))), 'seeds 1 and 2 give the same start', 'use `seed` where the parameters are drawn')
+    """Equal hyper-parameters give an equal start and equal losses, another `seed` another start
+
+    training may use torch's generator, which `fit` seeds, but no other
+    """
+    a, b = t.make(moved=0), t.make(moved=0)
+    _none(_differ(_values(a), _values(b)), 'two learners built alike differ in {}',
+          'make the start a function of `seed`')
+    if 'seed' in t.takes and _values(a):
+        # A start from words is the same for all seeds
+        noise = dict(ctx_init=None) if 'ctx_init' in t.takes else {}
+        one, two = (_values(t.make(moved=0, seed=seed, **noise)) for seed in (1, 2))
+        _must(_differ(one, two), 'seeds 1 and 2 give the same start',
+              'use `seed` where the parameters are drawn')
     t.learner()
-    before, x, y = _generators(), t.train(a), t.train(b)
-    _must(x == y, f'two runs alike have losses {x} and {y}', "draw from a generator seeded with `seed`, or from torch's")
-    used = [k for k, v in _generators().items() if v != before[k]]
-    _must(not used, f"training uses {' and '.join(used)}'s global generator", "use torch's, which `fit` seeds in each epoch")
+    before = _generators()
+    x, y = t.train(a), t.train(b)
+    _must(x == y, f'two runs alike have losses {x} and {y}',
+          "draw from a generator seeded with `seed`, or from torch's")
+    used = _used(before)
+    _must(not used, f"training uses {used}'s global generator",
+          "use torch's, which `fit` seeds in each epoch")
 
 # %% ../nbs/08_check.ipynb #08-030
 def _logits(t):
-    "Logits are [B, C], finite and in CLIP's precision, for one image too; features are unit rows"
+    """Logits are [B, C], finite and in CLIP's precision, for one image too
+
+    features are unit rows
+    """
     learner = t.make()
     for x in (t.images, t.images[:1]):
         y = t.logits(learner, x)
-        _must(list(y.shape) == [len(x), 7] and y.dtype == t.clip.dtype, f'{len(x)} images and 7 classes give logits {list(y.shape)} of {y.dtype}', f'return [B, C] in {t.clip.dtype}')
-        _must(y.isfinite().all(), 'logits are not finite', 'look for a division by zero or a logarithm of zero')
-    with torch.no_grad(): features = dict(image=learner.image_features(t.images), text=learner.text_features())
-    for (k, f), n in zip(features.items(), (8, 7)):
-        if f is not None: _must(f.ndim > 1 and f.shape[-2] == n and (f.norm(dim=-1)-1).abs().max() < 1e-6, f'{k} features have shape {list(f.shape)} and lengths up to {f.norm(dim=-1).max():.3g}', f'return [{n}, E] with rows of length 1: F.normalize(..., dim=-1)')
+        _must(list(y.shape) == [len(x), 7] and y.dtype == t.clip.dtype,
+              f'{len(x)} images and 7 classes give logits {list(y.shape)} of {y.dtype}',
+              f'return [B, C] in {t.clip.dtype}')
+        _must(y.isfinite().all(), 'logits are not finite',
+              'look for a division by zero or a logarithm of zero')
+    with torch.no_grad(): image, text = learner.image_features(t.images), learner.text_features()
+    for what, f, n in (('image', image, 8), ('text', text, 7)):
+        if f is None: continue
+        lengths = f.norm(dim=-1)
+        rows = f.ndim > 1 and f.shape[-2] == n
+        _must(rows and (lengths-1).abs().max() < 1e-6,
+              f'{what} features have shape {list(f.shape)} and lengths up to {lengths.max():.3g}',
+              f'return [{n}, E] with rows of length 1: F.normalize(..., dim=-1)')
 
 def _repeats(t):
-    "In eval mode a prediction repeats to the last bit, whatever was predicted in between, and changes no parameter"
+    """In eval mode a prediction repeats to the last bit and changes no parameter
+
+    it does so whatever was predicted in between
+    """
     learner = t.make()
     before, first = _values(learner), t.logits(learner)
     t.logits(learner, t.images[:3]+1)
-    _must(torch.equal(first, t.logits(learner)), 'the same images get other logits the second time', 'draw noise in training only, or from a generator seeded anew in each call; keep no state between calls')
-    _must(not (d := _differ(before, _values(learner))), f"predicting changes {', '.join(d)}", 'change parameters in training_step only')
+    _must(torch.equal(first, t.logits(learner)),
+          'the same images get other logits the second time',
+          'draw noise in training only, or from a generator seeded anew in each call; '
+          'keep no state between calls')
+    _none(_differ(before, _values(learner)), 'predicting changes {}',
+          'change parameters in training_step only')
 
 # %% ../nbs/08_check.ipynb #08-032
 def _batch_independence(t):
     "Logits of an image do not depend on the images beside it, nor on its place among them"
     learner, perm = t.make(), [3, 0, 7, 1, 6, 2, 5, 4]
-    together, cure = t.logits(learner), 'mix nothing over dimension B: no batch norm, no mean over images'
+    together = t.logits(learner)
+    alone = torch.cat([t.logits(learner, x[None]) for x in t.images])
+    cure = 'mix nothing over dimension B: no batch norm, no mean over images'
     _equal(t.logits(learner, t.images[perm]), together[perm], 'logits of reordered images', cure)
-    _equal(torch.cat([t.logits(learner, x[None]) for x in t.images]), together, 'logits of an image alone and in a batch', cure)
+    _equal(alone, together, 'logits of an image alone and in a batch', cure)
 
 def _class_order(t):
-    "Other order of the names, same order of the logits; class-specific parameters are moved along"
+    """Other order of the names, same order of the logits
+
+    class-specific parameters are moved along
+    """
     learner, perm = t.make(), [3, 0, 6, 1, 5, 2, 4]
-    names, want, cure = [t.names[i] for i in perm], t.logits(learner)[:, perm], 'keep the order of self.classnames: no sort, no set, no state of an earlier list'
+    names, want = [t.names[i] for i in perm], t.logits(learner)[:, perm]
+    def reordered(v):              # a dimension of 7 counts the classes
+        return v.index_select(v.shape.index(7), torch.tensor(perm)) if 7 in v.shape else v
     state = _values(learner)
     if not learner.transfers:
-        if not any(7 in v.shape for v in state.values()): raise _Skip('no parameter has a dimension of C')
-        state = {k: v.index_select(v.shape.index(7), torch.tensor(perm)) if 7 in v.shape else v for k, v in state.items()}
-    (other := t.make(names)).load_state_dict(state)
+        if not any(7 in v.shape for v in state.values()):
+            raise _Skip('no parameter has a dimension of C')
+        state = {k: reordered(v) for k, v in state.items()}
+    other = t.make(names)
+    other.load_state_dict(state)
+    cure = 'keep the order of self.classnames: no sort, no set, no state of an earlier list'
     _equal(t.logits(other), want, 'logits after reordering the names', cure)
-    if learner.transfers: _equal(t.logits(learner.for_classes(names)), want, 'logits of for_classes with reordered names', cure)
+    if learner.transfers:
+        other = learner.for_classes(names)
+        _equal(t.logits(other), want, 'logits of for_classes with reordered names', cure)
 
 def _underscores(t):
     "An underscore in a class name counts as a space"
     a, b = t.make(), t.make([n.replace('_', ' ') for n in t.names])
-    _must(a.classnames == b.classnames, f'classnames are {a.classnames}', 'leave names to the base class, and read self.classnames')
-    _equal(t.logits(a), t.logits(b), "logits with 'shopping_cart' and 'shopping cart'", 'read self.classnames, not the argument')
+    _must(a.classnames == b.classnames, f'classnames are {a.classnames}',
+          'leave names to the base class, and read self.classnames')
+    _equal(t.logits(a), t.logits(b), "logits with 'shopping_cart' and 'shopping cart'",
+           'read self.classnames, not the argument')
 
 # %% ../nbs/08_check.ipynb #08-034
 def _flags(t):
     "`learns_image` and `learns_text` say which features change with the parameters"
     learner = t.make()
-    with torch.no_grad():
-        image, text = learner.image_features(t.images), learner.text_features()
-        for p in learner.parameters(): p += .1*torch.randn(p.shape, generator=torch.Generator().manual_seed(2)).to(p)
-        for k, old, new in (('image', image, learner.image_features(t.images)), ('text', text, learner.text_features())):
-            if old is None: continue
-            changes, says = not torch.equal(old, new), getattr(learner, f'learns_{k}')
-            _must(changes == says, f"{k} features {'change' if changes else 'stay'} when the parameters change, but learns_{k} is {says}", f'correct learns_{k}' + ('' if changes else ', or look for features kept from an earlier call'))
+    def features():
+        with torch.no_grad():
+            return {'image': learner.image_features(t.images), 'text': learner.text_features()}
+    before = features()
+    _move(learner, 2)
+    for k, new in features().items():
+        if before[k] is None: continue
+        changes, says = not torch.equal(before[k], new), getattr(learner, f'learns_{k}')
+        do = 'change' if changes else 'stay'
+        kept = '' if changes else ', or look for features kept from an earlier call'
+        _must(changes == says,
+              f'{k} features {do} when the parameters change, but learns_{k} is {says}',
+              f'correct learns_{k}{kept}')
 
 def _features(t):
-    "`logits` of the two features is the prediction; where `learns_image` is false, features replace images; class features are None only if they depend on the image"
+    """`logits` of the two features is the prediction
+
+    where `learns_image` is false, features replace images;
+    class features are None only if they depend on the image
+    """
     learner, want = t.make(), t.logits(t.make())
+    cure = 'let forward be logits(image_features(images), text_features())'
     with torch.no_grad():
-        f, text, cure = learner.image_features(t.images), learner.text_features(), 'let forward be logits(image_features(images), text_features())'
+        f, text = learner.image_features(t.images), learner.text_features()
         _equal(learner.logits(f, text), want, 'logits of the features and of forward', cure)
         if not learner.learns_image:
-            _equal(learner(f), want, 'logits of images and of their features', 'let image_features pass what is [B, E] already')
-            with _seeded(): _equal(learner.train().loss(f, t.labels), t.loss(learner), 'losses of images and of their features', 'compute the loss from image_features(images)')
+            _equal(learner(f), want, 'logits of images and of their features',
+                   'let image_features pass what is [B, E] already')
+            with _seeded(): loss = learner.train().loss(f, t.labels)
+            _equal(loss, t.loss(learner), 'losses of images and of their features',
+                   'compute the loss from image_features(images)')
             learner.eval()
-        if text is None:
-            bent = lambda logits, a, b: (logits(a)+logits(b)-logits(a+b)).abs().max() > 1e-9   # cosines with fixed class features add up
-            _must(any(bent(t.make(moved=i).logits, f[:4], f[4:]) for i in range(1, 5)), 'class features are None but the same for all images', 'return them, so that evaluation computes them once')
+        if text is not None: return
+        def bends(logits):         # cosines with fixed class features add up
+            return (logits(f[:4])+logits(f[4:])-logits(f[:4]+f[4:])).abs().max() > 1e-9
+        _must(any(bends(t.make(moved=i).logits) for i in range(1, 5)),
+              'class features are None but the same for all images',
+              'return them, so that evaluation computes them once')
 
 # %% ../nbs/08_check.ipynb #08-036
 def _other_classes(t):
-    "`for_classes` gives a copy of the prompts that shares no memory, and the same feature to a name both know; a ValueError where `transfers` is false"
+    """`for_classes` gives a copy of the prompts that shares no memory
+
+    a name that both lists know has the same feature; a ValueError where `transfers` is false
+    """
     learner = t.make()
     if not learner.transfers:
         _refused(lambda: learner.for_classes(t.others), 'for_classes')
         raise _Skip('its prompts belong to their classes; for_classes says so')
-    other, mine, start = learner.for_classes(t.others), dict(learner.named_parameters()), _values(learner)
-    _must(not (d := _differ(start, _values(other))), f"for_classes changes {', '.join(d)}", 'copy the parameters: other.load_state_dict(self.state_dict())')
-    _must(other.hparams == learner.hparams and other.classnames == t.others and other.training == learner.training, 'for_classes loses hparams, the new names or the mode', 'build with the same hparams')
-    _must(t.logits(other).shape == (8, 4) and t.logits(learner.for_classes(['teapot'])).shape == (8, 1), 'logits for other classes have another shape than [B, C]', 'read the number of classes from self.classnames')
+    other, mine = learner.for_classes(t.others), dict(learner.named_parameters())
+    _none(_differ(_values(learner), _values(other)), 'for_classes changes {}',
+          'copy the parameters: other.load_state_dict(self.state_dict())')
+    same = other.hparams == learner.hparams and other.training == learner.training
+    _must(same and other.classnames == t.others,
+          'for_classes loses hparams, the new names or the mode', 'build with the same hparams')
+    teapots = learner.for_classes(['teapot'])
+    _must(t.logits(other).shape == (8, 4) and t.logits(teapots).shape == (8, 1),
+          'logits for other classes have another shape than [B, C]',
+          'read the number of classes from self.classnames')
     shared = [n for n, p in other.named_parameters() if p.data_ptr() == mine[n].data_ptr()]
-    _must(not shared, f"{', '.join(shared)} is the same memory in both", 'copy: training one would train the other')
-    at, to = [t.names.index(n) for n in ('umbrella', 'camera')], [t.others.index(n) for n in ('umbrella', 'camera')]
+    _none(shared, '{} is the same memory in both', 'copy: training one would train the other')
+    _same_feature(t, learner, other)
+
+def _same_feature(t, learner, other):
+    "Of a class among these classes and among others"
+    both = 'umbrella', 'camera'
+    at, to = [t.names.index(n) for n in both], [t.others.index(n) for n in both]
     with torch.no_grad(): a, b = learner.text_features(), other.text_features()
     if a is None: a, b = t.logits(learner).T, t.logits(other).T
-    if (a.mT.exp().sum(-1)-1).abs().max() > 1e-6:   # log-probabilities must change with the other classes
-        _equal(b[..., to, :], a[..., at, :], 'features of a class among other classes', 'mix nothing over dimension C')
+    if (a.mT.exp().sum(-1)-1).abs().max() <= 1e-6: return  # log-probabilities: exempt
+    _equal(b[..., to, :], a[..., at, :], 'features of a class among other classes',
+           'mix nothing over dimension C')
 
 # %% ../nbs/08_check.ipynb #08-038
 def _fast_path(t):
     "The fast towers give the plain computation's logits, loss and gradients"
-    learner, seen, cure = t.make(), [], 'compare `shared`, `slots` and `eot` of your sentences with those of `place`'
+    learner = t.make()
     params = list(learner.parameters())
-    for learner.text.plain in (True, False):
+    def outcome(plain):
+        learner.text.plain = plain
         loss = t.loss(learner)
-        seen.append([t.logits(learner), loss.detach(), *(g for g in (torch.autograd.grad(loss, params, allow_unused=True) if params else ()) if g is not None)])
-    for what, a, b in zip(['logits', 'losses', *['gradients']*len(params)], *seen): _equal(b, a, f'{what} of the plain and the fast path', cure, 1e-7 if what == 'gradients' else 1e-9)
+        seen = [('logits', t.logits(learner)), ('losses', loss.detach())]
+        grads = torch.autograd.grad(loss, params, allow_unused=True) if params else ()
+        return seen + [('gradients', g) for g in grads if g is not None]
+    for (what, plain), (_, fast) in zip(outcome(True), outcome(False)):
+        _equal(fast, plain, f'{what} of the plain and the fast path',
+               'compare `shared`, `slots` and `eot` of your sentences with those of `place`',
+               1e-7 if what == 'gradients' else 1e-9)
 
 # %% ../nbs/08_check.ipynb #08-040
 def _leaves(loss:Tensor) -> list[Tensor]:
@@ -341,7 +526,9 @@ def _leaves(loss:Tensor) -> list[Tensor]:
     seen, todo = set(), [loss.grad_fn]
     while todo:
         f = todo.pop()
-        if f is not None and f not in seen: seen.add(f); todo += [g for g, _ in f.next_functions]
+        if f is None or f in seen: continue
+        seen.add(f)
+        todo += [g for g, _ in f.next_functions]
     return [f.variable for f in seen if hasattr(f, 'variable')]
 
 # %% ../nbs/08_check.ipynb #08-041
@@ -351,30 +538,48 @@ def _gradients(t):
     silent = None
     for moved in range(1, 5):      # one start may lie on the flat side of a ReLU
         learner = t.make(moved=moved)
-        loss, names = t.loss(learner), {id(p): n for n, p in learner.named_parameters()}
-        _must(loss.ndim == 0 and loss.isfinite() and loss.requires_grad, f"the loss has shape {list(loss.shape)}, mean {loss.mean().item():.4g} and {'a' if loss.requires_grad else 'no'} gradient", 'return a finite scalar that depends on the parameters')
-        known = {id(p): f"CLIP's {n}" for n, p in t.clip.model.named_parameters()}
-        strangers = [known.get(id(v), f'a tensor {list(v.shape)} that is no parameter') for v in _leaves(loss) if id(v) not in names]
-        _must(not strangers, f'a gradient reaches {", ".join(strangers[:3])}', 'leave CLIP frozen; register what is learned with nn.Parameter or nn.ParameterList')
-        grads = dict(zip(names.values(), torch.autograd.grad(loss, list(learner.parameters()), allow_unused=True)))
-        silent = {n for n, g in grads.items() if g is None or not g.any()} & (grads.keys() if silent is None else silent)
+        loss, params = t.loss(learner), dict(learner.named_parameters())
+        has = 'a' if loss.requires_grad else 'no'
+        _must(loss.ndim == 0 and loss.isfinite() and loss.requires_grad,
+              f'the loss has shape {list(loss.shape)}, mean {loss.mean().item():.4g} '
+              f'and {has} gradient', 'return a finite scalar that depends on the parameters')
+        _none(_strangers(t, loss, params)[:3], 'a gradient reaches {}',
+              'leave CLIP frozen; register what is learned with nn.Parameter or nn.ParameterList')
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        none = {n for n, g in zip(params, grads) if g is None or not g.any()}
+        silent = none if silent is None else silent & none
         if not silent: return
-    _must(False, f"no gradient reaches {', '.join(sorted(silent))}", 'use it, or remove it; look for .detach(), .data and torch.no_grad()')
+    _none(sorted(silent), 'no gradient reaches {}',
+          'use it, or remove it; look for .detach(), .data and torch.no_grad()')
+
+def _strangers(t, loss:Tensor, params:dict) -> list[str]:
+    "What a gradient of the loss reaches besides the parameters"
+    known = {id(p): n for n, p in t.clip.model.named_parameters()}
+    ours = {id(p) for p in params.values()}
+    def name(v):
+        if id(v) in known: return f"CLIP's {known[id(v)]}"
+        return f'a tensor {list(v.shape)} that is no parameter'
+    return [name(v) for v in _leaves(loss) if id(v) not in ours]
 
 # %% ../nbs/08_check.ipynb #08-043
 def _finite_differences(t):
     "The gradient is the slope of the loss, along itself and in random directions"
-    if not (params := list((learner := t.make()).parameters())): raise _Skip('it has no parameters')
-    grads, g = torch.autograd.grad(t.loss(learner), params), torch.Generator().manual_seed(0)
-    length = lambda d: sum((x*x).sum() for x in d).sqrt()
-    def at(step, d):
+    learner, g = t.make(), torch.Generator().manual_seed(0)
+    params = list(learner.parameters())
+    if not params: raise _Skip('it has no parameters')
+    grads = torch.autograd.grad(t.loss(learner), params)
+    def length(u): return sum((x*x).sum() for x in u).sqrt()
+    def noise(): return [torch.randn(p.shape, generator=g).to(p) for p in params]
+    def at(step, u):
         learner = t.make()         # built anew, so that a generator of its own starts again
-        for p, x in zip(learner.parameters(), d): p.data += step*x
+        for p, x in zip(learner.parameters(), u): p.data += step*x
         return t.loss(learner).item()
-    for d in (grads, *([torch.randn(p.shape, generator=g).to(p) for p in params] for _ in range(3))):
-        h, slope = 1e-5/length(d), sum((x*y).sum() for x, y in zip(grads, d)).item()
-        gap = abs((at(h, d)-at(-h, d))/(2*h)-slope).item()/(length(grads)*length(d)).item()
-        _must(gap < 1e-5, f'gradient and finite differences differ by {gap:.0e} of the gradient', 'look for .detach(), .data, torch.no_grad() or a backward of your own')
+    for u in (grads, noise(), noise(), noise()):
+        h, slope = 1e-5/length(u), sum((x*y).sum() for x, y in zip(grads, u)).item()
+        gap = abs((at(h, u)-at(-h, u))/(2*h) - slope).item()
+        gap /= (length(grads)*length(u)).item()
+        _must(gap < 1e-5, f'gradient and finite differences differ by {gap:.0e} of the gradient',
+              'look for .detach(), .data, torch.no_grad() or a backward of your own')
 
 # %% ../nbs/08_check.ipynb #08-044
 def _frozen(t):
@@ -383,50 +588,67 @@ def _frozen(t):
     if list(learner.parameters()) and not hasattr(learner, 'solve'): t.train(learner)
     else: t.loss(learner)
     clip, cure = t.clip.model, 'CLIP is shared by all learners: read it, never write to it'
-    _must(not (d := _differ(t.frozen, _values(clip))), f"training changes CLIP's {', '.join(d[:3])}", cure)
-    _must(not (d := [n for n, p in clip.named_parameters() if p.requires_grad or p.grad is not None]), f"CLIP's {', '.join(d[:3])} asks for a gradient", cure)
+    _none(_differ(t.frozen, _values(clip))[:3], "training changes CLIP's {}", cure)
+    asks = [n for n, p in clip.named_parameters() if p.requires_grad or p.grad is not None]
+    _none(asks[:3], "CLIP's {} asks for a gradient", cure)
     _must(not any(m.training for m in clip.modules()), 'CLIP is in training mode', cure)
 
 def _training_step(t):
-    "`training_step` returns the loss before the update as a float and changes every parameter; what is left of a run is in the parameters"
+    """`training_step` returns the loss before the update as a float and changes every parameter
+
+    what is left of a run is in the parameters
+    """
     learner = t.learner()
     want, before = t.loss(t.make()).item(), _values(learner)
-    (loss,) = t.train(learner, 1)
-    _must(isinstance(loss, float) and abs(loss-want) <= 1e-9*max(1, abs(want)), f'training_step returns {loss}, the loss before it is {want}', 'return loss.item() of the loss that was minimised')
+    loss = t.train(learner, 1)[0]
+    _must(isinstance(loss, float) and abs(loss-want) <= 1e-9*max(1, abs(want)),
+          f'training_step returns {loss}, the loss before it is {want}',
+          'return loss.item() of the loss that was minimised')
     same = before.keys() - set(_differ(before, _values(learner)))
-    _must(not same, f"{', '.join(sorted(same))} is not changed", 'call optimizer.zero_grad(), backward and optimizer.step()')
-    for p in (twin := t.make()).parameters(): p.grad = torch.ones_like(p)
+    _none(sorted(same), '{} is not changed',
+          'call optimizer.zero_grad(), backward and optimizer.step()')
+    twin = t.make()
+    for p in twin.parameters(): p.grad = torch.ones_like(p)
     t.train(twin, 1)
-    _must(not (d := _differ(_values(learner), _values(twin))), f"an old gradient goes into the update of {', '.join(d)}", 'call optimizer.zero_grad() before backward')
+    _none(_differ(_values(learner), _values(twin)), 'an old gradient goes into the update of {}',
+          'call optimizer.zero_grad() before backward')
     t.train(learner)
-    (fresh := t.make(moved=0)).load_state_dict(learner.state_dict())
-    _must(t.loss(fresh) == t.loss(learner), 'a new learner with the trained parameters has another loss', 'keep no other state, so that training can resume: no running means, no counters, no generator that goes on')
+    fresh = t.make(moved=0)
+    fresh.load_state_dict(learner.state_dict())
+    _must(t.loss(fresh) == t.loss(learner),
+          'a new learner with the trained parameters has another loss',
+          'keep no other state, so that training can resume: no running means, no counters, '
+          'no generator that goes on')
 
 # %% ../nbs/08_check.ipynb #08-046
 def _learns(t):
     "Ten steps (or `solve`) on one batch lower the loss, and the cross-entropy of the predictions"
     if not list(t.make().parameters()): raise _Skip('it has no parameters')
-    score = lambda learner: (t.loss(learner).item(), F.cross_entropy(t.logits(learner), t.labels).item())
-    for lr in (t.cls.recipe().lr*r for r in (1, .1, .01)):
+    def score(learner): # loss, cross-entropy
+        return t.loss(learner).item(), F.cross_entropy(t.logits(learner), t.labels).item()
+    for share in (1, .1, .01):
         learner = t.make()
-        before = score(learner)
+        loss, ce = score(learner)
         if hasattr(learner, 'solve'):
             with torch.no_grad(): learner.solve(learner.image_features(t.images), t.labels)
-        else: t.train(learner, 10, lr)
-        after = score(learner)
-        if after[0] < before[0] and after[1] < before[1]: return
-    _must(False, f'loss {before[0]:.4g} -> {after[0]:.4g}, cross-entropy {before[1]:.4g} -> {after[1]:.4g}', 'look at the sign of the loss and at which logits it uses')
+        else: t.train(learner, 10, t.cls.recipe().lr*share)
+        loss_after, ce_after = score(learner)
+        if loss_after < loss and ce_after < ce: return
+    _must(False, f'loss {loss:.4g} -> {loss_after:.4g}, cross-entropy {ce:.4g} -> {ce_after:.4g}',
+          'look at the sign of the loss and at which logits it uses')
 
 def _not_finite(t):
     "A loss that is not finite raises FloatingPointError and leaves the parameters alone"
     learner = t.learner()
     for p in learner.parameters(): p.data.view(-1)[0] = torch.nan
-    before = {k: v.nan_to_num(7.) for k, v in _values(learner).items()}
+    def values(): return {k: v.nan_to_num(7.) for k, v in _values(learner).items()}
+    before = values()
     try: t.train(learner, 1)
     except FloatingPointError: pass
-    else: _must(False, 'a NaN goes through training_step', 'raise FloatingPointError before the update, or call super().training_step')
-    d = _differ(before, {k: v.nan_to_num(7.) for k, v in _values(learner).items()})
-    _must(not d, f"a step with a NaN changes {', '.join(d)}", 'look at the loss before optimizer.step()')
+    else: _must(False, 'a NaN goes through training_step',
+                'raise FloatingPointError before the update, or call super().training_step')
+    _none(_differ(before, values()), 'a step with a NaN changes {}',
+          'look at the loss before optimizer.step()')
 
 # %% ../nbs/08_check.ipynb #08-047
 def _half_precision(t):
@@ -436,82 +658,136 @@ def _half_precision(t):
     with torch.no_grad(): full = learner(x)
     clip.precision = 'bf16'
     with torch.no_grad(): half = learner(x)
-    _must((gap := (half-full).abs().max()/clip.logit_scale) < .05, f'cosines in bf16 are off by {gap:.2g}', 'leave half precision to the towers: they open backbone.autocast() themselves')
-    if params := list(learner.parameters()):
-        with _seeded(): loss = learner.train().loss(*t.batch(learner, x))
-        grads = [g for g in torch.autograd.grad(loss, params, allow_unused=True) if g is not None]
-        _must(loss.isfinite() and all(g.isfinite().all() for g in grads), 'loss or gradients are not finite in bf16', 'keep sums and logarithms in float32')
-        kinds = {str(v.dtype)[6:] for v in (loss, *params, *grads)}
-        _must(kinds == {'float32'}, f"loss, parameters and gradients in bf16 are {' and '.join(sorted(kinds))}", 'cast nothing by hand; the towers return float32')
+    gap = (half-full).abs().max()/clip.logit_scale
+    _must(gap < .05, f'cosines in bf16 are off by {gap:.2g}',
+          'leave half precision to the towers: they open backbone.autocast() themselves')
+    params = list(learner.parameters())
+    if not params: return
+    with _seeded(): loss = learner.train().loss(*t.batch(learner, x))
+    grads = torch.autograd.grad(loss, params, allow_unused=True)
+    grads = [g for g in grads if g is not None]
+    _must(loss.isfinite() and all(g.isfinite().all() for g in grads),
+          'loss or gradients are not finite in bf16', 'keep sums and logarithms in float32')
+    kinds = {str(v.dtype).removeprefix('torch.') for v in (loss, *params, *grads)}
+    _must(kinds == {'float32'},
+          f"loss, parameters and gradients in bf16 are {' and '.join(sorted(kinds))}",
+          'cast nothing by hand; the towers return float32')
 
 # %% ../nbs/08_check.ipynb #08-049
 def _save_and_load(t):
-    "A file holds the parameters and nothing else, says what it is, and gives the same logits bit by bit"
+    """A file holds the parameters and nothing else, and gives the same logits bit by bit
+
+    it says what it is
+    """
     clip, x = small_clip(torch.float32), t.images.float()
-    learner, mine = t.make(clip=clip), PromptLearner.method
-    _must(isinstance(t.cls.method, str) and t.cls.method != mine, f"method is {t.cls.method!r}", 'give the class a name of its own: method = ...')
-    with TemporaryDirectory() as d:
-        learner.save(path := Path(d)/'prompts.safetensors')
+    learner, method = t.make(clip=clip), t.cls.method
+    _must(isinstance(method, str) and method != PromptLearner.method, f'method is {method!r}',
+          'give the class a name of its own: method = ...')
+    with TemporaryDirectory() as folder:
+        path = Path(folder)/'prompts.safetensors'
+        learner.save(path)
         meta, state = read_prompts(path)
         again = t.cls.load(path, clip).eval()
-    stored, trained = sum(v.numel() for v in state.values()), sum(p.numel() for p in learner.parameters())
-    _must(stored == trained, f'the file holds {stored} values for {trained} parameters', 'save what is trained; everything else follows from hparams, class names and CLIP')
-    want = dict(method=t.cls.method, hparams=json.loads(json.dumps(learner.hparams)), classnames=learner.classnames, fingerprint=clip.fingerprint)
-    _must(not (d := [k for k in want if meta[k] != want[k]]), f"the file's {', '.join(d)} is wrong", 'leave save to the base class')
-    _must(torch.equal(t.logits(again, x), t.logits(learner, x)), 'logits change by saving and loading', 'compute from the parameters in each call, not in the constructor')
-    if learner.transfers: _must(torch.equal(t.logits(again.for_classes(t.others), x), t.logits(learner.for_classes(t.others), x)), 'logits of other classes change by saving and loading', 'let for_classes use what is saved')
+    stored = sum(v.numel() for v in state.values())
+    trained = sum(p.numel() for p in learner.parameters())
+    _must(stored == trained, f'the file holds {stored} values for {trained} parameters',
+          'save what is trained; everything else follows from hparams, class names and CLIP')
+    want = dict(method=method, hparams=_as_json(learner.hparams), classnames=learner.classnames,
+                fingerprint=clip.fingerprint)
+    _none([k for k in want if meta[k] != want[k]], "the file's {} is wrong",
+          'leave save to the base class')
+    def same(a, b): return torch.equal(t.logits(a, x), t.logits(b, x))
+    _must(same(again, learner), 'logits change by saving and loading',
+          'compute from the parameters in each call, not in the constructor')
+    if not learner.transfers: return
+    _must(same(again.for_classes(t.others), learner.for_classes(t.others)),
+          'logits of other classes change by saving and loading',
+          'let for_classes use what is saved')
 
 # %% ../nbs/08_check.ipynb #08-051
 def _recipe(t):
     "`recipe` gives a Recipe with its source for each setting"
     t.learner()
-    for setting, shots, data in (('few-shot', 1, ''), ('few-shot', 16, 'imagenet'), ('base-to-new', 16, '')):
+    for setting, shots, data in (('few-shot', 1, ''), ('few-shot', 16, 'imagenet'),
+                                 ('base-to-new', 16, '')):
         r = t.cls.recipe(setting, shots, data)
-        _must(isinstance(r, Recipe) and r.lr > 0 and r.epochs > 0 and r.batch_size > 0, f'recipe({setting!r}) is {r!r}', 'return a Recipe')
-        _must(r.source, 'the recipe has no source', "say where the numbers come from: Recipe(..., source='...'); your own experience is a source")
-        _must(not (r.views and t.cls.learns_image), 'the recipe keeps image features (views) that are learned', 'set views=None')
+        _must(isinstance(r, Recipe) and r.lr > 0 and r.epochs > 0 and r.batch_size > 0,
+              f'recipe({setting!r}) is {r!r}', 'return a Recipe')
+        _must(r.source, 'the recipe has no source',
+              "say where the numbers come from: Recipe(..., source='...'); "
+              'your own experience is a source')
+        _must(not (r.views and t.cls.learns_image),
+              'the recipe keeps image features (views) that are learned', 'set views=None')
 
 def _refused(call, what:str):
     "ValueError of one line, or it is broken"
+    cure = 'raise ValueError with cause and cure in one line'
     try: call()
-    except ValueError as e: _must(str(e).strip() and '\n' not in str(e), f'{what}: the message is not one line', 'say in one line what was given and what to do')
-    except Exception as e: _must(False, f'{what} ends in {type(e).__name__}: {e}', 'raise ValueError with cause and cure in one line')
-    else: _must(False, f'{what} is accepted', 'raise ValueError with cause and cure in one line')
+    except ValueError as e:
+        _must(str(e).strip() and '\n' not in str(e), f'{what}: the message is not one line',
+              'say in one line what was given and what to do')
+    except Exception as e: _must(False, f'{what} ends in {type(e).__name__}: {e}', cure)
+    else: _must(False, f'{what} is accepted', cure)
 
+# %% ../nbs/08_check.ipynb #08-051b
 def _bad_input(t):
-    "No class names, an empty name, a name too long for the context, more depth than blocks: a ValueError of one line. A name given twice stays two classes"
+    """A ValueError of one line for no class names, an empty name or one too long for the context
+
+    more depth than blocks is refused alike; a name given twice stays two classes
+    """
     learner = t.make()
+    def predict(names): return t.cls(t.clip, names, **t.hparams).to(t.clip.dtype)(t.images)
     bad = {'an empty list of class names': [], 'an empty class name': [*t.names, '_']}
-    if learner.learns_text or learner.text_features() is not None: bad['a class name longer than the context'] = [*t.names, ' '.join(['umbrella']*80)]
-    for what, names in bad.items(): _refused(lambda: t.cls(t.clip, names, **t.hparams).to(t.clip.dtype)(t.images), what)
+    if learner.learns_text or learner.text_features() is not None:
+        bad['a class name longer than the context'] = [*t.names, ' '.join(['umbrella']*80)]
+    for what, names in bad.items(): _refused(lambda: predict(names), what)
     for k in t.takes:
-        if 'depth' in k: _refused(lambda: t.make(**{k: 99}), f'{k}=99 on towers of 3 and 4 blocks')
+        if 'depth' not in k: continue
+        _refused(lambda: t.make(**{k: 99}), f'{k}=99 on towers of 3 and 4 blocks')
     with warnings.catch_warnings():   # ImageNet's published names have two such pairs
         warnings.simplefilter('ignore')
-        columns = t.cls(t.clip, [*t.names, t.names[0]], **t.hparams).to(t.clip.dtype)(t.images).shape[1]
-    _must(columns == len(t.names)+1, f'{len(t.names)+1} class names, one of them given twice, get {columns} logits', 'keep a column for each name')
+        columns = predict([*t.names, t.names[0]]).shape[1]
+    want = len(t.names)+1
+    _must(columns == want,
+          f'{want} class names, one of them given twice, get {columns} logits',
+          'keep a column for each name')
 
 # %% ../nbs/08_check.ipynb #08-053
-_ALL = [_logits, _random_state, _rebuild, _parameters, _class_list, _repeats, _gradients, _finite_differences, _fast_path, _frozen, _seed, _batch_independence, _class_order, _underscores,
-        _flags, _features, _other_classes, _training_step, _learns, _not_finite, _half_precision, _save_and_load, _recipe, _bad_input]
-CHECKS = {f.__name__[1:].replace('_', ' '): f for f in _ALL}   # name -> check; the docstring is the promise
+_ALL = [_logits, _random_state, _rebuild, _parameters, _class_list, _repeats, _gradients,
+        _finite_differences, _fast_path, _frozen, _seed, _batch_independence, _class_order,
+        _underscores, _flags, _features, _other_classes, _training_step, _learns, _not_finite,
+        _half_precision, _save_and_load, _recipe, _bad_input]
+CHECKS = {f.__name__[1:].replace('_', ' '): f for f in _ALL}  # the docstring is the promise
 
+def _outcome(t, name:str, check) -> str:
+    "'passed' or why it was skipped"
+    learner = t.cls.__name__
+    try: return check(t) or 'passed'
+    except _Skip as e: return f'skipped: {e}'
+    except _Broken as e: raise ContractError(learner, name, str(e)) from None
+    except Exception as e:
+        why = ' '.join(str(e).split())[:300]
+        raise ContractError(learner, name, f'{type(e).__name__}: {why}') from e
+
+# %% ../nbs/08_check.ipynb #08-053b
 def check_learner(
     cls:type,    # a subclass of PromptLearner
     **hparams,   # for its constructor; small ones make it fast
 ) -> pd.DataFrame: # one row per check: its name, and 'passed' or why it was skipped
-    "Run the contract's checks on a method, on a small random CLIP. Raises ContractError at the first broken promise"
-    if not (isinstance(cls, type) and issubclass(cls, PromptLearner)): raise TypeError(f'check_learner takes a subclass of PromptLearner, not {cls!r:.80}')
-    rows, states = [], (random.getstate(), np.random.get_state())
+    """Run the contract's checks on a method, on a small random CLIP
+
+    Raises ContractError at the first broken promise.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, PromptLearner)):
+        raise TypeError(f'check_learner takes a subclass of PromptLearner, not {cls!r:.80}')
+    rows, python, numpy = [], random.getstate(), np.random.get_state()
     try:
         with _seeded():
-            (t := _Trial(cls, hparams)).make()   # what the constructor has against these hyper-parameters, it says itself
+            t = _Trial(cls, hparams)
+            t.make()   # what the constructor has against these hyper-parameters, it says itself
             for name, check in CHECKS.items():
-                try: result = check(t) or 'passed'
-                except _Skip as e: result = f'skipped: {e}'
-                except _Broken as e: raise ContractError(cls.__name__, name, str(e)) from None
-                except Exception as e: raise ContractError(cls.__name__, name, f"{type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
-                rows.append(dict(check=name, result=result))
+                rows.append(dict(check=name, result=_outcome(t, name, check)))
     finally:
-        random.setstate(states[0]); np.random.set_state(states[1])
+        random.setstate(python)
+        np.random.set_state(numpy)
     return pd.DataFrame(rows)
