@@ -11,7 +11,7 @@ __all__ = ['VERSION', 'INTEGRITY', 'HOW', 'LICENCES', 'SKIP', 'FAMILIES', 'FAMIL
            'without_twins', 'candidates', 'clean', 'test_families', 'split', 'emoji_classes', 'to_png', 'fingerprint',
            'replace_file', 'write_benchmark', 'attribution', 'build', 'encode', 'fill', 'caption', 'other_names',
            'caption_ids', 'token_ids', 'Pairs', 'row_numbers', 'pad', 'augment', 'contrastive_loss', 'encode_text',
-           'Run', 'schedule', 'train', 'settle_unknown', 'export_weights', 'build_command', 'train_command']
+           'schedule', 'Run', 'train', 'settle_unknown', 'export_weights', 'build_command', 'train_command']
 
 # %% ../nbs/30_pretrain.ipynb #p003
 import base64, copy, hashlib, io, json, math, os, random, re, tarfile, time, zipfile
@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,15 +38,29 @@ from .backbone import assets
 
 # %% ../nbs/30_pretrain.ipynb #p007
 VERSION = '2.2.535'
-INTEGRITY = 'sha512-nAV60ACUSHwnsb6fsp+letHlNkrwO4vzBtcC6B4EDHErQQfezk7E3nJdnwJjve6OCfMNO0uVT5Vrgna9/NCmXw=='
+INTEGRITY = ('sha512-nAV60ACUSHwnsb6fsp+letHlNkrwO4vzBtcC6B4EDHErQQfezk7E3nJdnwJjve6O'
+             'CfMNO0uVT5Vrgna9/NCmXw==')
 HOW = f'get it with: npm pack @iconify/json@{VERSION}'
 
 def check_integrity(path:Path, expected:str=INTEGRITY):
     "Raise ValueError unless the file has npm's sha512 integrity hash"
-    found = 'sha512-' + base64.b64encode(hashlib.sha512(Path(path).read_bytes()).digest()).decode()
-    if found != expected: raise ValueError(f'{path} is not @iconify/json {VERSION}: its hash is {found[:20]}..., expected {expected[:20]}...; {HOW}')
+    digest = hashlib.sha512(Path(path).read_bytes()).digest()
+    found = 'sha512-' + base64.b64encode(digest).decode()
+    if found != expected:
+        raise ValueError(f'{path} is not @iconify/json {VERSION}: its hash is {found[:20]}..., '
+                         f'expected {expected[:20]}...; {HOW}')
 
 # %% ../nbs/30_pretrain.ipynb #p009
+def _unpack(path:Path, folder:Path):
+    "The files that we need, under their own names"
+    wanted = re.compile(r'package/(package|collections|json/[\w-]+)\.json')
+    with tarfile.open(path) as tar:
+        for m in tar:
+            if not wanted.fullmatch(m.name) or not m.isfile(): continue
+            to = folder/m.name
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_bytes(tar.extractfile(m).read())
+
 def open_source(
     path:Path,  # the tarball, or the folder `package` that it unpacks to
     cache:Path, # where the tarball is unpacked
@@ -55,91 +70,118 @@ def open_source(
     if not path.exists(): raise FileNotFoundError(f'{path} is not there; {HOW}')
     if path.is_file():
         check_integrity(path)
-        with tarfile.open(path) as tar:
-            for m in tar:
-                if not re.fullmatch(r'package/(package|collections|json/[\w-]+)\.json', m.name) or not m.isfile(): continue
-                to = Path(cache)/m.name
-                to.parent.mkdir(parents=True, exist_ok=True)
-                to.write_bytes(tar.extractfile(m).read())
+        _unpack(path, Path(cache))
         path = Path(cache)/'package'
-    version = json.loads((path/'package.json').read_text(encoding='utf-8'))['version'] if (path/'package.json').is_file() else 'unknown'
-    if version != VERSION: raise ValueError(f'{path} holds version {version} of @iconify/json, not {VERSION}; {HOW}')
+    about, version = path/'package.json', 'unknown'
+    if about.is_file(): version = json.loads(about.read_text(encoding='utf-8'))['version']
+    if version != VERSION:
+        raise ValueError(f'{path} holds version {version} of @iconify/json, not {VERSION}; {HOW}')
     return Source(path)
 
 # %% ../nbs/30_pretrain.ipynb #p011
 LICENCES = ('MIT', 'Apache-2.0', 'ISC', 'CC0-1.0', 'BSD')
-SKIP = set('flag circle-flags cif flagpack bxl nonicons gcp k8s svg-spinners topcoat il ginetex'.split())
+SKIP = set('''flag circle-flags cif flagpack bxl nonicons gcp k8s svg-spinners topcoat il
+    ginetex'''.split())
 
 class Source:
     "Icon sets as the package holds them: collections.json and json/<set>.json"
     def __init__(self, root:Path):
         self.root = Path(root)
         self.collections = self._json('collections.json')
-        self.set = lru_cache(4)(lambda name: self._json(f'json/{name}.json'))  # a set is up to 20 MB
+        self.set = lru_cache(4)(lambda name: self._json(f'json/{name}.json'))  # a set: up to 20 MB
 
     def _json(self, name): return json.loads((self.root/name).read_text(encoding='utf-8'))
 
+    def _wanted(self, name) -> bool:
+        about = self.collections[name]
+        free = about['license'].get('spdx', '').startswith(LICENCES)
+        brands = about.get('category') in ('Logos', 'Programming')
+        return free and not brands and name not in SKIP
+
     def sets(self) -> list[str]:
         "Names of the sets that we may use and want to"
-        return [s for s, c in sorted(self.collections.items()) if s not in SKIP
-                and c['license'].get('spdx', '').startswith(LICENCES) and c.get('category') not in ('Logos', 'Programming')]
+        return [s for s in sorted(self.collections) if self._wanted(s)]
 
 # %% ../nbs/30_pretrain.ipynb #p016
 FAMILIES = {  # sets that share drawings count as one family
-    'material': 'ic material-symbols material-symbols-light mdi mdi-light line-md', 'fluent': 'fluent fluent-mdl2 fluent-color',
-    'lucide': 'lucide lucide-lab feather', 'boxicons': 'boxicons bx bxs', 'icon-park': 'icon-park icon-park-outline icon-park-solid icon-park-twotone',
-    'heroicons': 'heroicons heroicons-solid heroicons-outline sidekickicons', 'unicons': 'uil uim uit uis', 'ionicons': 'ion famicons',
-    'glyphs': 'glyphs glyphs-poly', 'mono': 'mono-icons mi', 'maps': 'pinhead maki temaki osmic', 'noto': 'noto noto-v1', 'icons8': 'icons8 wpf',
-    'fluent-emoji': 'fluent-emoji fluent-emoji-flat fluent-emoji-high-contrast'}
+    'material': 'ic material-symbols material-symbols-light mdi mdi-light line-md',
+    'fluent': 'fluent fluent-mdl2 fluent-color',
+    'lucide': 'lucide lucide-lab feather',
+    'boxicons': 'boxicons bx bxs',
+    'icon-park': 'icon-park icon-park-outline icon-park-solid icon-park-twotone',
+    'heroicons': 'heroicons heroicons-solid heroicons-outline sidekickicons',
+    'unicons': 'uil uim uit uis',
+    'ionicons': 'ion famicons',
+    'glyphs': 'glyphs glyphs-poly',
+    'mono': 'mono-icons mi',
+    'maps': 'pinhead maki temaki osmic',
+    'noto': 'noto noto-v1',
+    'icons8': 'icons8 wpf',
+    'fluent-emoji': 'fluent-emoji fluent-emoji-flat fluent-emoji-high-contrast',
+}
 FAMILY = {s: f for f, sets in FAMILIES.items() for s in sets.split()}
-PRETRAIN = set('''boxicons fluent glyphs griddy-icons healthicons heroicons hugeicons icon-park iconmind keyline-icons lucide maps material mingcute
-    mynaui ph reicon ri tabler tdesign unicons'''.split())
-ODD = set('''noto noto-v1 fxemoji fluent-emoji fluent-emoji-flat fluent-emoji-high-contrast dinkie-icons pixelarticons memory flat-color-icons marketeq
-    meteocons flat-ui fluent-color icon-park glyphs-poly duo-icons icon-park-twotone uim raphael'''.split())  # neither line nor solid
-DUOTONE = re.compile(r'duo|two-?tone')                                                                        # such icons in any set
+
+# %% ../nbs/30_pretrain.ipynb #p016c
+PRETRAIN = set('''boxicons fluent glyphs griddy-icons healthicons heroicons hugeicons icon-park
+    iconmind keyline-icons lucide maps material mingcute mynaui ph reicon ri tabler tdesign
+    unicons'''.split())
+ODD = set('''noto noto-v1 fxemoji fluent-emoji fluent-emoji-flat fluent-emoji-high-contrast
+    dinkie-icons pixelarticons memory flat-color-icons marketeq meteocons flat-ui fluent-color
+    icon-park glyphs-poly duo-icons icon-park-twotone uim raphael'''.split())
+DUOTONE = re.compile(r'duo|two-?tone')
 
 # %% ../nbs/30_pretrain.ipynb #p018
-STYLES = set('''fill filled outline outlined line linear solid regular bold light thin sharp rounded round baseline duotone twotone broken duo o alt stroke
-    color colour flat glyph thick'''.split())
+STYLES = set('''fill filled outline outlined line linear solid regular bold light thin sharp rounded
+    round baseline duotone twotone broken duo o alt stroke color colour flat glyph thick'''.split())
+_LEADING = ('baseline', 'outline', 'round', 'sharp', 'twotone')
 
 def concept(
     name:str,     # of an icon, words joined by hyphens
     suffixes=(),  # the set's own style suffixes, longest first
 ) -> str:
     "The words that name the thing: style, size and version dropped"
-    if own := next((s for s in suffixes if name.endswith('-'+s)), None): name = name[:-len(own)-1]
+    own = next((s for s in suffixes if name.endswith('-'+s)), None)
+    if own: name = name[:-len(own)-1]
     words = [w for w in name.split('-') if w]
     while words:
         if words[-2:] == ['two', 'tone']: del words[-2:]
         elif words[-1] in STYLES or re.fullmatch(r'\d+(px)?|v\d+', words[-1]): del words[-1]
         else: break
-    while words and words[0] in ('baseline', 'outline', 'round', 'sharp', 'twotone'): del words[0]
+    while words and words[0] in _LEADING: del words[0]
     return ' '.join(re.sub(r'(?<=[a-z]{3})\d+$', '', w) for w in words)
+
+# %% ../nbs/30_pretrain.ipynb #p018b
+_same = dict(fill='filled', outlined='outline', o='outline', linear='line', rounded='rounded',
+    round='rounded', baseline='filled')
+_spoken = 'filled outline line solid thin light bold sharp rounded broken'.split()
 
 def style_of(name:str, concept:str) -> str:
     "The first style word of a name that captions use, or ''"
-    same = dict(fill='filled', outlined='outline', o='outline', linear='line', rounded='rounded', round='rounded', baseline='filled')
-    words = [same.get(w, w) for w in name.split('-') if w in STYLES and w not in concept.split()]
-    return next((w for w in words if w in ('filled', 'outline', 'line', 'solid', 'thin', 'light', 'bold', 'sharp', 'rounded', 'broken')), '')
+    words = [w for w in name.split('-') if w in STYLES and w not in concept.split()]
+    return next((w for w in (_same.get(w, w) for w in words) if w in _spoken), '')
 
 # %% ../nbs/30_pretrain.ipynb #p022
 def one_size(icons:pd.DataFrame) -> pd.DataFrame:
     "Keep one drawing where a name ends in a size, as in add-16-filled"
     rank = {s: i for i, s in enumerate('24 20 28 16 32 48 12 10'.split())}
-    size = icons.name.str.extract(r'-(\d\d)-(?:filled|regular|light)$')[0].map(lambda s: rank.get(s, 0))
+    size = icons.name.str.extract(r'-(\d\d)-(?:filled|regular|light)$')[0]
     base = icons.name.str.replace(r'-\d\d-(filled|regular|light)$', r'-\1', regex=True)
-    order = icons.assign(base=base, size=size).sort_values(['set', 'base', 'size', 'name'])
-    return icons.loc[order.drop_duplicates(['set', 'base']).index].sort_values(['set', 'name']).reset_index(drop=True)
+    order = icons.assign(base=base, size=size.map(lambda s: rank.get(s, 0)))
+    order = order.sort_values(['set', 'base', 'size', 'name'])
+    first = order.drop_duplicates(['set', 'base']).index
+    return icons.loc[first].sort_values(['set', 'name']).reset_index(drop=True)
 
 def read_icons(source:Source) -> pd.DataFrame:
     "One row per usable icon: set, family, name, concept, style"
     rows = []
     for s in source.sets():
         d = source.set(s)
-        suffixes = sorted(filter(None, d.get('suffixes') or {}), key=len, reverse=True)
+        suffixes = [suffix for suffix in d.get('suffixes') or {} if suffix]
+        suffixes.sort(key=len, reverse=True)
         for name, icon in sorted(d['icons'].items()):
             words = concept(name, suffixes)
-            if not icon.get('hidden') and re.fullmatch('[a-z][a-z ]+', words): rows.append((s, FAMILY.get(s, s), name, words, style_of(name, words)))
+            if icon.get('hidden') or not re.fullmatch('[a-z][a-z ]+', words): continue
+            rows.append((s, FAMILY.get(s, s), name, words, style_of(name, words)))
     return one_size(pd.DataFrame(rows, columns='set family name concept style'.split()))
 
 # %% ../nbs/30_pretrain.ipynb #p025
@@ -148,18 +190,23 @@ def to_svg(
     name:str,
 ) -> str:
     "The icon as a square SVG document in black"
-    icon = icons['icons'][name]
-    left, top, w, h = (icon.get(k, icons.get(k, v)) for k, v in dict(left=0, top=0, width=16, height=16).items())
+    icon, usual = icons['icons'][name], dict(left=0, top=0, width=16, height=16)
+    left, top, w, h = (icon.get(k, icons.get(k, v)) for k, v in usual.items())
     m = max(w, h)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{left-(m-w)/2} {top-(m-h)/2} {m} {m}" width="64" height="64">'
-            + icon['body'].replace('currentColor', '#000') + '</svg>')
+    box = f'{left-(m-w)/2} {top-(m-h)/2} {m} {m}'
+    head = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{box}" width="64" height="64">')
+    return head + icon['body'].replace('currentColor', '#000') + '</svg>'
 
 def render(svg:str, px:int=64) -> np.ndarray: # uint8 [px, px, 3]
     "Draw on white"
     try: import resvg_py
-    except ImportError: raise ImportError('drawing icons needs resvg: pip install "clipprompt[pretrain]"') from None
-    icon = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=px, height=px)))).convert('RGBA')
-    return np.asarray(Image.alpha_composite(Image.new('RGBA', icon.size, 'white'), icon).convert('RGB'))
+    except ImportError:
+        raise ImportError('drawing icons needs resvg: pip install "clipprompt[pretrain]"') from None
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=px, height=px))
+    icon = Image.open(io.BytesIO(png)).convert('RGBA')
+    white = Image.new('RGBA', icon.size, 'white')
+    return np.asarray(Image.alpha_composite(white, icon).convert('RGB'))
 
 def shrink(picture:np.ndarray) -> np.ndarray: # uint8 [H, W, 3] -> [32, 32]
     "What the pre-training sees: 32 px, grey"
@@ -177,7 +224,8 @@ def draw_all(
     "All pictures of a table, in its order"
     svgs = [to_svg(source.set(s), n) for s, n in zip(rows.set, rows.name)]
     if not workers: return np.stack([draw(s) for s in svgs])
-    with ProcessPoolExecutor(workers) as pool: return np.stack(list(pool.map(draw, svgs, chunksize=256)))
+    with ProcessPoolExecutor(workers) as pool:
+        return np.stack(list(pool.map(draw, svgs, chunksize=256)))
 
 # %% ../nbs/30_pretrain.ipynb #p031
 def md5(text:str) -> str:
@@ -186,13 +234,19 @@ def md5(text:str) -> str:
 
 def choose_pairs(icons:pd.DataFrame) -> pd.DataFrame:
     "The rows that pre-training may use"
-    pre = icons[icons.family.isin(PRETRAIN) & ~icons.set.isin(ODD) & ~icons.name.str.contains(DUOTONE) & ~icons.concept.str.contains(r'\bphoto')]
+    odd = icons.set.isin(ODD) | icons.name.str.contains(DUOTONE)
+    photo = icons.concept.str.contains(r'\bphoto')
+    pre = icons[icons.family.isin(PRETRAIN) & ~odd & ~photo]
     families, of_word = pre.groupby('concept').family.nunique(), defaultdict(set)
     for c, f in zip(pre.concept, pre.family):
         for w in c.split(): of_word[w].add(f)
-    known = lambda c: families[c] >= 2 or (len(c.split()) <= 4 and all(len(of_word[w]) >= 4 for w in c.split()))
+    def known(c):
+        words = c.split()
+        common = len(words) <= 4 and all(len(of_word[w]) >= 4 for w in words)
+        return common or families[c] >= 2
     return pre[[known(c) for c in pre.concept]].reset_index(drop=True)
 
+# %% ../nbs/30_pretrain.ipynb #p031b
 def thin_out(
     rows:pd.DataFrame,
     pictures:np.ndarray, # uint8 [N, 32, 32]
@@ -200,18 +254,21 @@ def thin_out(
 ) -> np.ndarray:         # indices that stay, ascending
     "Equal rasters once, nothing blank, at most `cap` of a family and concept"
     raster = pd.Series([hashlib.md5(p.tobytes()).hexdigest() for p in pictures], index=rows.index)
-    ok = rows[~raster.duplicated() & (pictures.reshape(len(pictures), -1).min(1) <= 200)]
+    darkest = pictures.reshape(len(pictures), -1).min(1)   # [N]
+    ok = rows[~raster.duplicated() & (darkest <= 200)]
     shuffled = ok.iloc[np.argsort([md5(f'{s}/{n}') for s, n in zip(ok.set, ok.name)])]
-    return np.sort(shuffled.index[shuffled.groupby(['family', 'concept']).cumcount() < cap].to_numpy())
+    few = shuffled.groupby(['family', 'concept']).cumcount() < cap
+    return np.sort(shuffled.index[few].to_numpy())
 
 # %% ../nbs/30_pretrain.ipynb #p036
-def ink_map(grey:np.ndarray) -> np.ndarray: # uint8 [32, 32] -> float32 [1024], length 1, or 0 for an empty picture
-    "Where the ink is, whatever its place and size"
+def ink_map(grey:np.ndarray) -> np.ndarray: # uint8 [32, 32] -> float32 [1024]
+    "Where the ink is, whatever its place and size; of length 1, or 0 for an empty picture"
     ink = 255 - grey.astype(np.float32)
     ink[ink < 16] = 0
     ys, xs = np.nonzero(ink)
     if not len(ys): return np.zeros(1024, np.float32)
-    crop = Image.fromarray(ink[ys.min():ys.max()+1, xs.min():xs.max()+1].astype(np.uint8))
+    drawn = ink[ys.min():ys.max()+1, xs.min():xs.max()+1]
+    crop = Image.fromarray(drawn.astype(np.uint8))
     k = 28/max(crop.size)
     crop = crop.resize([max(1, round(s*k)) for s in crop.size], Image.BILINEAR)
     page = Image.new('L', (32, 32))
@@ -233,45 +290,86 @@ def without_twins(
     return kept
 
 # %% ../nbs/30_pretrain.ipynb #p040
-CLASSES = '''airplane, plane, aeroplane | alarm clock, alarm | bar chart, chart bar | battery | bell | book | bookmark | box, package | briefcase | brush, paintbrush, paint brush
-bug | building | calculator | calendar | camera | car | clipboard | cloud | coffee, cup | comment, chat, speech bubble | credit card | database | download | envelope, mail, email
-eye, view, visibility | file, document | fire, flame | flag | flask, beaker | folder, directory | gift, gift box | globe, world, earth | headphones, headphone | home, house | hourglass
-image, picture | inbox | key | keyboard | laptop | light bulb, lightbulb, bulb | lightning, bolt, lightning bolt, flash, zap | link, chain | location pin, map pin, location, map marker
-lock, padlock | map | megaphone, bullhorn | microphone, mic | monitor, desktop, display | moon | music note, music | paper plane, send, paperplane | paperclip, paper clip, attachment | pause
-pencil, edit | phone, telephone | pie chart, chart pie | printer, print | qr code, qrcode | rocket | save, floppy disk, floppy, diskette | scissors, cut | settings, gear, cog | shield
-shop, store, storefront | shopping bag, bag | shopping cart, cart | stopwatch, timer | tag, price tag | thumbs down, thumb down | thumbs up, thumb up | ticket
-trash, trash can, bin, garbage, trash bin | trophy | upload | user, person, account | video camera, videocam, video | volume | wallet | warning, alert, caution, exclamation triangle'''
-CLASSES = {names[0]: names for names in (row.split(', ') for row in CLASSES.replace('\n', ' | ').split(' | '))} # class -> names of its icons
+def _groups(text:str) -> list[list[str]]:
+    "Groups of names: one thing between two bars, or on a line of its own"
+    return [part.split(', ') for line in text.splitlines() for part in line.split(' | ')]
+
+CLASSES = '''airplane, plane, aeroplane | alarm clock, alarm | bar chart, chart bar | battery | bell
+book | bookmark | box, package | briefcase | brush, paintbrush, paint brush | bug | building
+calculator | calendar | camera | car | clipboard | cloud | coffee, cup
+comment, chat, speech bubble | credit card | database | download | envelope, mail, email
+eye, view, visibility | file, document | fire, flame | flag | flask, beaker | folder, directory
+gift, gift box | globe, world, earth | headphones, headphone | home, house | hourglass
+image, picture | inbox | key | keyboard | laptop | light bulb, lightbulb, bulb
+lightning, bolt, lightning bolt, flash, zap | link, chain
+location pin, map pin, location, map marker | lock, padlock | map | megaphone, bullhorn
+microphone, mic | monitor, desktop, display | moon | music note, music
+paper plane, send, paperplane | paperclip, paper clip, attachment | pause | pencil, edit
+phone, telephone | pie chart, chart pie | printer, print | qr code, qrcode | rocket
+save, floppy disk, floppy, diskette | scissors, cut | settings, gear, cog | shield
+shop, store, storefront | shopping bag, bag | shopping cart, cart | stopwatch, timer
+tag, price tag | thumbs down, thumb down | thumbs up, thumb up | ticket
+trash, trash can, bin, garbage, trash bin | trophy | upload | user, person, account
+video camera, videocam, video | volume | wallet | warning, alert, caution, exclamation triangle'''
+CLASSES = {names[0]: names for names in _groups(CLASSES)}          # class -> names of its icons
 ALIAS = {name: c for c, names in CLASSES.items() for name in names}
-MIXED = dict(notification='bell', notifications='bell', message='comment', computer='monitor', clip='paperclip', present='gift', like='thumbs up',
-    dislike='thumbs down', marker='location pin', speaker='volume', sound='volume', wastebasket='trash') # names for twins only
+
+# %% ../nbs/30_pretrain.ipynb #p040c
+MIXED = dict(notification='bell', notifications='bell', message='comment', computer='monitor',
+    clip='paperclip', present='gift', like='thumbs up', dislike='thumbs down',
+    marker='location pin', speaker='volume', sound='volume', wastebasket='trash')
 
 # %% ../nbs/30_pretrain.ipynb #p043
-STYLE_SETS = {s: style for style, sets in {'emoji': 'noto noto-v1 fxemoji fluent-emoji-flat fluent-emoji-high-contrast', 'pixel': 'dinkie-icons pixelarticons memory',
-    'flat colour': 'flat-color-icons flat-ui', 'duotone': 'duo-icons marketeq'}.items() for s in sets.split()}
-LOGOS = {('flat-ui', 'chat')}                                       # a speech bubble with a brand in it
-EMOJI_TRAIN, EMOJI_TEST = ['fluent-emoji-flat', 'fluent-emoji-high-contrast'], ['noto', 'noto-v1', 'fxemoji']
-EMOJI = '''alien, ambulance, anchor, avocado, axe, balloon, banana, bank, baseball, basket, basketball, bathtub, bear, bed, bicycle, bird, birthday cake, bomb, bone, bowling, brain, bread
-broom, bucket, bus, butterfly, cactus, candle, candy, carrot, castle, cat, chair, chicken, church, cigarette, coin, cookie, cow, crab, croissant, crown, cupcake, dna, dog, door, dress, drum
-duck, ear, egg, elephant, factory, feather, fire extinguisher, fish, flashlight, ghost, glasses, grapes, guitar, hamburger, hammer, handshake, helicopter, horse, hospital, hotel, joystick, kite
-ladder, lemon, lipstick, lollipop, lungs, magic wand, magnet, microscope, motorcycle, mouth, mushroom, newspaper, nose, notebook, owl, palm tree, panda, parachute, peach, pear, pen, pig, pill
-pizza, popcorn, rabbit, radio, rainbow, ribbon, ring, robot, rose, sailboat, sandwich, satellite, school, screwdriver, seedling, ship, shrimp, skateboard, skull, snail, snowflake, snowman, socks
-spider, star, stethoscope, sun, sunglasses, sushi, syringe, taco, taxi, telescope, tent, test tube, toilet, toolbox, tooth, toothbrush, tornado, tractor, train, trumpet, tulip, turtle
-umbrella, volcano, volleyball, watch, watermelon, wheel, wrench, yarn'''.replace('\n', ', ').split(', ')    # candidates; 100 of them become classes
-UNSEEN = '''accordion, ant, banjo, blowfish, boar, camel, chipmunk, cucumber, dagger, dove, dragon, eagle, fox, frog, goat, gorilla, hamster, jeans, jellyfish, kangaroo
-koala, leopard, lizard, lobster, mango, melon, onion, otter, parrot, peacock, pineapple, poodle, saxophone, scorpion, squid, strawberry, swan, tiger, wolf, zebra'''.replace('\n', ', ').split(', ')
+def _words(text:str) -> list[str]: return text.replace('\n', ' ').split(', ')
+
+_styles = {
+    'emoji': 'noto noto-v1 fxemoji fluent-emoji-flat fluent-emoji-high-contrast',
+    'pixel': 'dinkie-icons pixelarticons memory',
+    'flat colour': 'flat-color-icons flat-ui',
+    'duotone': 'duo-icons marketeq',
+}
+STYLE_SETS = {s: style for style, sets in _styles.items() for s in sets.split()}
+LOGOS = {('flat-ui', 'chat')}   # a speech bubble with a brand in it
+EMOJI_TRAIN = ['fluent-emoji-flat', 'fluent-emoji-high-contrast']
+EMOJI_TEST = ['noto', 'noto-v1', 'fxemoji']
+
+# %% ../nbs/30_pretrain.ipynb #p043c
+EMOJI = _words('''alien, ambulance, anchor, avocado, axe, balloon, banana, bank, baseball, basket,
+basketball, bathtub, bear, bed, bicycle, bird, birthday cake, bomb, bone, bowling, brain, bread,
+broom, bucket, bus, butterfly, cactus, candle, candy, carrot, castle, cat, chair, chicken, church,
+cigarette, coin, cookie, cow, crab, croissant, crown, cupcake, dna, dog, door, dress, drum, duck,
+ear, egg, elephant, factory, feather, fire extinguisher, fish, flashlight, ghost, glasses, grapes,
+guitar, hamburger, hammer, handshake, helicopter, horse, hospital, hotel, joystick, kite, ladder,
+lemon, lipstick, lollipop, lungs, magic wand, magnet, microscope, motorcycle, mouth, mushroom,
+newspaper, nose, notebook, owl, palm tree, panda, parachute, peach, pear, pen, pig, pill, pizza,
+popcorn, rabbit, radio, rainbow, ribbon, ring, robot, rose, sailboat, sandwich, satellite, school,
+screwdriver, seedling, ship, shrimp, skateboard, skull, snail, snowflake, snowman, socks, spider,
+star, stethoscope, sun, sunglasses, sushi, syringe, taco, taxi, telescope, tent, test tube, toilet,
+toolbox, tooth, toothbrush, tornado, tractor, train, trumpet, tulip, turtle, umbrella, volcano,
+volleyball, watch, watermelon, wheel, wrench, yarn''')
+UNSEEN = _words('''accordion, ant, banjo, blowfish, boar, camel, chipmunk, cucumber, dagger, dove,
+dragon, eagle, fox, frog, goat, gorilla, hamster, jeans, jellyfish, kangaroo, koala, leopard,
+lizard, lobster, mango, melon, onion, otter, parrot, peacock, pineapple, poodle, saxophone,
+scorpion, squid, strawberry, swan, tiger, wolf, zebra''')
 
 # %% ../nbs/30_pretrain.ipynb #p046
 def candidates(icons:pd.DataFrame) -> pd.DataFrame:
     "Every icon that could be in the benchmark, with its part and class"
     named = icons.assign(cls=icons.concept.map(ALIAS)).dropna(subset='cls')
-    plain = named[~named.family.isin(PRETRAIN) & ~named.set.isin(ODD) & ~named.name.str.contains(DUOTONE)]
-    logo = pd.Series([(s, n) in LOGOS for s, n in zip(named.set, named.name)], index=named.index)
-    emoji = icons[icons.set.isin(EMOJI_TRAIN + EMOJI_TEST)].assign(cls=lambda t: t.concept)
-    parts = dict(icons=plain, styles=named[named.set.isin(STYLE_SETS) & ~logo], emoji=emoji[emoji.concept.isin(EMOJI)], unseen=emoji[emoji.concept.isin(UNSEEN)])
+    odd = named.set.isin(ODD) | named.name.str.contains(DUOTONE)
+    logo = pd.Series([pair in LOGOS for pair in zip(named.set, named.name)], index=named.index)
+    emoji = icons[icons.set.isin(EMOJI_TRAIN + EMOJI_TEST)]
+    emoji = emoji.assign(cls=emoji.concept)
+    parts = dict(
+        icons=named[~named.family.isin(PRETRAIN) & ~odd],
+        styles=named[named.set.isin(STYLE_SETS) & ~logo],
+        emoji=emoji[emoji.concept.isin(EMOJI)],
+        unseen=emoji[emoji.concept.isin(UNSEEN)],
+    )
     rows = pd.concat([t.assign(part=p) for p, t in parts.items()], ignore_index=True)
     return rows.assign(key=[md5(f'{s}/{n}') for s, n in zip(rows.set, rows.name)])
 
+# %% ../nbs/30_pretrain.ipynb #p046b
 def clean(
     rows:pd.DataFrame,     # from `candidates`
     inks:np.ndarray,       # [N, 1024], theirs
@@ -279,10 +377,14 @@ def clean(
     pre_inks,              # indices of `pre` -> [S, 1024]
     cap:int=3,             # pictures per family and class
 ) -> pd.DataFrame:
-    "Without twins of the pre-training, without twins in a class, at most `cap` of a family and class"
+    """Without twins, and at most `cap` of a family and class
+
+    Neither a twin of a picture of the pre-training stays nor one within a class.
+    """
     named, kept = pre.concept.map(ALIAS | MIXED).fillna(pre.concept), []
     for (part, cls), group in rows.groupby(['part', 'cls']):
-        kept += without_twins(inks, sorted(group.index, key=rows.key.__getitem__), pre_inks(np.flatnonzero(named == cls)))
+        order = sorted(group.index, key=rows.key.__getitem__)
+        kept += without_twins(inks, order, pre_inks(np.flatnonzero(named == cls)))
     rows = rows.loc[kept].sort_values('key')
     return rows[rows.groupby(['part', 'family', 'cls']).cumcount() < cap]
 
@@ -292,21 +394,30 @@ def test_families(
     families:list[str], # one entry per picture of the class
 ) -> set[str]:
     "The families whose pictures of this class are for testing"
-    n, test, taken = Counter(families), set(), 0
-    for f in sorted(n, key=lambda f: md5(cls+f)):
-        if taken < .35*len(families) and taken+n[f] <= .4*len(families) and len(families)-taken-n[f] >= 16:
-            test.add(f); taken += n[f]
+    count, total, test, taken = Counter(families), len(families), set(), 0
+    for f in sorted(count, key=lambda f: md5(cls+f)):
+        more = taken + count[f]
+        if taken < .35*total and more <= .4*total and total-more >= 16:
+            test.add(f)
+            taken = more
     return test
 
 # %% ../nbs/30_pretrain.ipynb #p051
 def split(rows:pd.DataFrame, pre:pd.DataFrame) -> pd.DataFrame:
     "Choose classes, give every picture a split and a file name"
-    test = {c: test_families(c, g.family.tolist()) for c, g in rows[rows.part == 'icons'].groupby('cls')}
-    where = lambda r: 'train' if (r.part == 'icons' and r.family not in test[r.cls]) or (r.part == 'emoji' and r.set in EMOJI_TRAIN) else 'test'
-    rows = rows.assign(split=[where(r) for r in rows.itertuples()])
-    rows = rows[(rows.part != 'emoji') | rows.cls.isin(emoji_classes(rows[rows.part == 'emoji'], pre))]
-    rows = rows.assign(style=[STYLE_SETS[r.set] if r.part != 'icons' else r.style or 'plain' for r in rows.itertuples()],
-        file=[f"{r.part}/{r.cls.replace(' ', '_')}/{r.set}--{r.name}.png" for r in rows.itertuples()])
+    drawn = rows[rows.part == 'icons'].groupby('cls')
+    test = {c: test_families(c, g.family.tolist()) for c, g in drawn}
+    def part_of(r):
+        if r.part == 'icons': teaches = r.family not in test[r.cls]
+        else: teaches = r.part == 'emoji' and r.set in EMOJI_TRAIN
+        return 'train' if teaches else 'test'
+    def style(r): return r.style or 'plain' if r.part == 'icons' else STYLE_SETS[r.set]
+    def file(r): return f"{r.part}/{r.cls.replace(' ', '_')}/{r.set}--{r.name}.png"
+    rows = rows.assign(split=[part_of(r) for r in rows.itertuples()])
+    emoji = rows[rows.part == 'emoji']
+    rows = rows[(rows.part != 'emoji') | rows.cls.isin(emoji_classes(emoji, pre))]
+    rows = rows.assign(style=[style(r) for r in rows.itertuples()],
+                       file=[file(r) for r in rows.itertuples()])
     return rows.sort_values('file').rename(columns={'cls': 'class'})
 
 def emoji_classes(rows:pd.DataFrame, pre:pd.DataFrame, n:int=100) -> list[str]:
@@ -320,18 +431,22 @@ def emoji_classes(rows:pd.DataFrame, pre:pd.DataFrame, n:int=100) -> list[str]:
 def to_png(picture:np.ndarray) -> bytes: # uint8 [H, W, 3]
     "Grey if there is no colour"
     image, file = Image.fromarray(picture), io.BytesIO()
-    (image.convert('L') if (picture == picture[..., :1]).all() else image).save(file, 'PNG', optimize=True)
+    if (picture == picture[..., :1]).all(): image = image.convert('L')
+    image.save(file, 'PNG', optimize=True)
     return file.getvalue()
 
 def fingerprint(path:Path) -> str:
     "sha256 over the names and decoded RGB pixels of a zip of pictures"
     h = hashlib.sha256()
     with zipfile.ZipFile(path) as z:
-        for name in sorted(z.namelist()): h.update(name.encode() + np.asarray(Image.open(io.BytesIO(z.read(name))).convert('RGB')).tobytes())
+        for name in sorted(z.namelist()):
+            image = Image.open(io.BytesIO(z.read(name))).convert('RGB')
+            h.update(name.encode() + np.asarray(image).tobytes())
     return h.hexdigest()
 
+# %% ../nbs/30_pretrain.ipynb #p053b
 def replace_file(path:Path, write):
-    "Write beside the file, then rename: a reader finds the old file or the new one, never half of it"
+    "Write beside the file, then rename: a reader finds the old file or the new one, never half"
     beside = Path(f'{path}.tmp')
     write(beside)
     os.replace(beside, path)
@@ -344,56 +459,121 @@ def write_benchmark(
     "pictograms.zip, pictograms.csv and pictograms.sha256"
     def write(path):
         with zipfile.ZipFile(path, 'w', zipfile.ZIP_STORED) as z:
-            for name, p in zip(rows.file, pictures): z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), to_png(p))
+            for name, p in zip(rows.file, pictures):
+                z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), to_png(p))
     replace_file(out/'pictograms.zip', write)
     table = rows[['file', 'class', 'split', 'part', 'set', 'family', 'style']]
-    replace_file(out/'pictograms.csv', lambda p: table.to_csv(p, index=False, lineterminator='\n'))
-    (out/'pictograms.sha256').write_text(f"{fingerprint(out/'pictograms.zip')}  decoded pixels of pictograms.zip, see chapter 30\n")
+    replace_file(out/'pictograms.csv',
+        lambda p: table.to_csv(p, index=False, lineterminator='\n'))
+    mark = fingerprint(out/'pictograms.zip')
+    about = 'decoded pixels of pictograms.zip, see chapter 30'   # as in the shipped file
+    (out/'pictograms.sha256').write_text(f'{mark}  {about}\n')
 
-# %% ../nbs/30_pretrain.ipynb #p058
-TEXTS = """## MIT
+# %% ../nbs/30_pretrain.ipynb #p058a
+#| code-fold: true
+#| code-summary: "MIT and ISC"
+_MIT = """\
+## MIT
 
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to the following conditions:
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and \
+associated documentation files (the "Software"), to deal in the Software without restriction, \
+including without limitation the rights to use, copy, modify, merge, publish, distribute, \
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is \
+furnished to do so, subject to the following conditions:
 
-The above copyright notice and this permission notice shall be included in all copies or substantial portions of the Software.
+The above copyright notice and this permission notice shall be included in all copies or \
+substantial portions of the Software.
 
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT \
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND \
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, \
+DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, \
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 
+"""
+
+_ISC = """\
 ## ISC
 
-Permission to use, copy, modify, and/or distribute this software for any purpose with or without fee is hereby granted, provided that the above copyright notice and this permission notice appear in all copies.
+Permission to use, copy, modify, and/or distribute this software for any purpose with or without \
+fee is hereby granted, provided that the above copyright notice and this permission notice appear \
+in all copies.
 
-THE SOFTWARE IS PROVIDED "AS IS" AND THE AUTHOR DISCLAIMS ALL WARRANTIES WITH REGARD TO THIS SOFTWARE INCLUDING ALL IMPLIED WARRANTIES OF MERCHANTABILITY AND FITNESS. IN NO EVENT SHALL THE AUTHOR BE LIABLE FOR ANY SPECIAL, DIRECT, INDIRECT, OR CONSEQUENTIAL DAMAGES OR ANY DAMAGES WHATSOEVER RESULTING FROM LOSS OF USE, DATA OR PROFITS, WHETHER IN AN ACTION OF CONTRACT, NEGLIGENCE OR OTHER TORTIOUS ACTION, ARISING OUT OF OR IN CONNECTION WITH THE USE OR PERFORMANCE OF THIS SOFTWARE.
+THE SOFTWARE IS PROVIDED "AS IS" AND THE AUTHOR DISCLAIMS ALL WARRANTIES WITH REGARD TO THIS \
+SOFTWARE INCLUDING ALL IMPLIED WARRANTIES OF MERCHANTABILITY AND FITNESS. IN NO EVENT SHALL THE \
+AUTHOR BE LIABLE FOR ANY SPECIAL, DIRECT, INDIRECT, OR CONSEQUENTIAL DAMAGES OR ANY DAMAGES \
+WHATSOEVER RESULTING FROM LOSS OF USE, DATA OR PROFITS, WHETHER IN AN ACTION OF CONTRACT, \
+NEGLIGENCE OR OTHER TORTIOUS ACTION, ARISING OUT OF OR IN CONNECTION WITH THE USE OR PERFORMANCE \
+OF THIS SOFTWARE.
 
+"""
+
+# %% ../nbs/30_pretrain.ipynb #p058b
+#| code-fold: true
+#| code-summary: "BSD and the others"
+_BSD = """\
 ## BSD-3-Clause
 
-Redistribution and use in source and binary forms, with or without modification, are permitted provided that the following conditions are met:
+Redistribution and use in source and binary forms, with or without modification, are permitted \
+provided that the following conditions are met:
 
-1. Redistributions of source code must retain the above copyright notice, this list of conditions and the following disclaimer.
-2. Redistributions in binary form must reproduce the above copyright notice, this list of conditions and the following disclaimer in the documentation and/or other materials provided with the distribution.
-3. Neither the name of the copyright holder nor the names of its contributors may be used to endorse or promote products derived from this software without specific prior written permission.
+1. Redistributions of source code must retain the above copyright notice, this list of conditions \
+and the following disclaimer.
+2. Redistributions in binary form must reproduce the above copyright notice, this list of \
+conditions and the following disclaimer in the documentation and/or other materials provided with \
+the distribution.
+3. Neither the name of the copyright holder nor the names of its contributors may be used to \
+endorse or promote products derived from this software without specific prior written permission.
 
-THIS SOFTWARE IS PROVIDED BY THE COPYRIGHT HOLDERS AND CONTRIBUTORS "AS IS" AND ANY EXPRESS OR IMPLIED WARRANTIES, INCLUDING, BUT NOT LIMITED TO, THE IMPLIED WARRANTIES OF MERCHANTABILITY AND FITNESS FOR A PARTICULAR PURPOSE ARE DISCLAIMED. IN NO EVENT SHALL THE COPYRIGHT HOLDER OR CONTRIBUTORS BE LIABLE FOR ANY DIRECT, INDIRECT, INCIDENTAL, SPECIAL, EXEMPLARY, OR CONSEQUENTIAL DAMAGES (INCLUDING, BUT NOT LIMITED TO, PROCUREMENT OF SUBSTITUTE GOODS OR SERVICES; LOSS OF USE, DATA, OR PROFITS; OR BUSINESS INTERRUPTION) HOWEVER CAUSED AND ON ANY THEORY OF LIABILITY, WHETHER IN CONTRACT, STRICT LIABILITY, OR TORT (INCLUDING NEGLIGENCE OR OTHERWISE) ARISING IN ANY WAY OUT OF THE USE OF THIS SOFTWARE, EVEN IF ADVISED OF THE POSSIBILITY OF SUCH DAMAGE.
+THIS SOFTWARE IS PROVIDED BY THE COPYRIGHT HOLDERS AND CONTRIBUTORS "AS IS" AND ANY EXPRESS OR \
+IMPLIED WARRANTIES, INCLUDING, BUT NOT LIMITED TO, THE IMPLIED WARRANTIES OF MERCHANTABILITY AND \
+FITNESS FOR A PARTICULAR PURPOSE ARE DISCLAIMED. IN NO EVENT SHALL THE COPYRIGHT HOLDER OR \
+CONTRIBUTORS BE LIABLE FOR ANY DIRECT, INDIRECT, INCIDENTAL, SPECIAL, EXEMPLARY, OR CONSEQUENTIAL \
+DAMAGES (INCLUDING, BUT NOT LIMITED TO, PROCUREMENT OF SUBSTITUTE GOODS OR SERVICES; LOSS OF USE, \
+DATA, OR PROFITS; OR BUSINESS INTERRUPTION) HOWEVER CAUSED AND ON ANY THEORY OF LIABILITY, \
+WHETHER IN CONTRACT, STRICT LIABILITY, OR TORT (INCLUDING NEGLIGENCE OR OTHERWISE) ARISING IN ANY \
+WAY OUT OF THE USE OF THIS SOFTWARE, EVEN IF ADVISED OF THE POSSIBILITY OF SUCH DAMAGE.
 
+"""
+
+_OTHERS = """\
 ## Apache-2.0
 
-The full text is the file LICENSE of this package (clipprompt is under the same licence), also at https://www.apache.org/licenses/LICENSE-2.0.
+The full text is the file LICENSE of this package (clipprompt is under the same licence), also at \
+https://www.apache.org/licenses/LICENSE-2.0.
 
 ## CC0-1.0
 
 Dedicated to the public domain: https://creativecommons.org/publicdomain/zero/1.0/legalcode
 """
+TEXTS = _MIT + _ISC + _BSD + _OTHERS
+
+# %% ../nbs/30_pretrain.ipynb #p058
+def _link(text:str, url:str|None) -> str: return f'[{text}]({url})' if url else text
+
+def _credits(source:Source, sets:list[str]) -> str:
+    "A Markdown table of authors and licences"
+    lines = ['| set | title | copyright | licence |', '|---|---|---|---|']
+    for s in sorted(set(sets)):
+        about = source.collections[s]
+        author, licence = about['author'], about['license']
+        author = _link(author['name'], author.get('url'))
+        licence = _link(licence['spdx'], licence.get('url'))
+        lines.append(f"| {s} | {about['name']} | {author} | {licence} |")
+    return '\n'.join(lines) + '\n'
 
 def attribution(source:Source, shipped:list[str], learned:list[str]) -> str: # set names
     "Who drew the pictures and under which licence, as Markdown"
-    def link(d, key): return f"[{d[key]}]({d['url']})" if d.get('url') else d[key]
-    def line(s):
-        c = source.collections[s]
-        return f"| {s} | {c['name']} | {link(c['author'], 'name')} | {link(dict(c['license'], spdx=c['license']['spdx']), 'spdx')} |"
-    def part(title, text, sets): return f'## {title}\n\n{text}\n\n| set | title | copyright | licence |\n|---|---|---|---|\n' + '\n'.join(line(s) for s in sorted(set(sets))) + '\n'
-    return '\n'.join(['# Pictures and their authors\n', f'All drawings come from the npm package `@iconify/json` {VERSION}, which collects icon sets under their own licences. Changes: every SVG was drawn in black '
-        'where its colour was left open, on white, as a picture of 64 x 64 pixels.\n', part('Pictures in pictograms.zip', 'Copyright of the authors named.', shipped),
-        part('Pictures that picto-clip learned from', 'These pictures are not shipped; the weights in picto-clip.safetensors were trained on them.', learned), TEXTS])
+    intro = (f'All drawings come from the npm package `@iconify/json` {VERSION}, which collects '
+        'icon sets under their own licences. Changes: every SVG was drawn in black where its '
+        'colour was left open, on white, as a picture of 64 x 64 pixels.\n')
+    about_learned = ('These pictures are not shipped; the weights in picto-clip.safetensors were '
+        'trained on them.')
+    return '\n'.join(['# Pictures and their authors\n', intro,
+        '## Pictures in pictograms.zip\n\nCopyright of the authors named.\n',
+        _credits(source, shipped),
+        f'## Pictures that picto-clip learned from\n\n{about_learned}\n',
+        _credits(source, learned), TEXTS])
 
 # %% ../nbs/30_pretrain.ipynb #p061
 def build(
@@ -402,26 +582,33 @@ def build(
     workers:int=2,
 ) -> pd.DataFrame:   # the benchmark's table
     "Make everything that needs the drawings"
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     icons = read_icons(source)
     pre = choose_pairs(icons)
-    small = draw_all(source, pre, render_small, workers)                         # [P, 32, 32]
+    small = draw_all(source, pre, render_small, workers)        # [P, 32, 32]
     stay = thin_out(pre, small)
     pre, small = pre.loc[stay].reset_index(drop=True), small[stay]
-    Pairs(small, pre.concept.tolist(), pre['style'].tolist(), token_ids(pre.concept, pre['style'], icons.concept)).save(out)
+    words, styles = pre.concept.tolist(), pre['style'].tolist()
+    Pairs(small, words, styles, token_ids(words, styles, icons.concept)).save(out)
     rows = candidates(icons)
-    pictures = draw_all(source, rows, render, workers)                           # [N, 64, 64, 3]
-    inks = np.stack([ink_map(shrink(p)) for p in pictures])                      # [N, 1024]
-    rows = split(clean(rows, inks, pre, lambda at: np.array([ink_map(small[i]) for i in at])), pre)
+    pictures = draw_all(source, rows, render, workers)          # [N, 64, 64, 3]
+    inks = np.stack([ink_map(shrink(p)) for p in pictures])     # [N, 1024]
+    pre_inks = lambda at: np.array([ink_map(small[i]) for i in at])
+    rows = split(clean(rows, inks, pre, pre_inks), pre)
     write_benchmark(rows, pictures[rows.index], out)
     (out/'PICTURES.md').write_text(attribution(source, rows.set, pre.set), encoding='utf-8')
     return rows
 
 # %% ../nbs/30_pretrain.ipynb #p063
-MODEL = dict(embed_dim=128, vision_cfg=dict(image_size=32, patch_size=8, width=192, layers=8, head_width=64),
-    text_cfg=dict(context_length=77, vocab_size=49408, width=128, heads=2, layers=8), quick_gelu=False)
+MODEL = dict(
+    embed_dim=128,
+    vision_cfg=dict(image_size=32, patch_size=8, width=192, layers=8, head_width=64),
+    text_cfg=dict(context_length=77, vocab_size=49408, width=128, heads=2, layers=8),
+    quick_gelu=False)
 SOT, EOT = 49406, 49407
-MEAN, STD = 0.4578275, 0.26130258   # CLIP's values of the green channel, for all three: ink has no colour to balance
+# CLIP's values of the green channel, for all three: ink has no colour to balance
+MEAN, STD = 0.4578275, 0.26130258
 tokenizer = open_clip.SimpleTokenizer()
 
 @lru_cache(maxsize=None)
@@ -430,8 +617,9 @@ def encode(text:str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text))
 
 # %% ../nbs/30_pretrain.ipynb #p065
-PLAIN = ['{}', 'a {}', 'a {}.', 'the {}', '{} icon', 'a {} icon', 'an icon of a {}.', 'an icon of the {}.', 'a pictogram of a {}.', 'a drawing of a {}.',
-    'a symbol for {}', 'a sign of a {}.', 'this is a {}.', 'a simple {}.']
+PLAIN = ['{}', 'a {}', 'a {}.', 'the {}', '{} icon', 'a {} icon', 'an icon of a {}.',
+    'an icon of the {}.', 'a pictogram of a {}.', 'a drawing of a {}.', 'a symbol for {}',
+    'a sign of a {}.', 'this is a {}.', 'a simple {}.']
 STYLED = ['a {s} icon of a {}.', 'a {s} {}', '{} {s}', 'a {s} drawing of a {}.', '{}, {s}']
 CLIP_80 = [t('{}').replace('photo', 'icon') for t in OPENAI_IMAGENET_TEMPLATES]
 
@@ -453,14 +641,19 @@ def other_names() -> list[str]:
 
 def caption_ids(concepts, styles) -> set[int]:
     "Ids that captions can contain"
-    return ({i for c in set(concepts) for i in encode(c)} | {i for t in PLAIN + CLIP_80 for i in fill(t)}
-        | {i for t in STYLED for s in set(styles) for i in fill(t, style=s)} | {0, SOT, EOT})
+    ids = {0, SOT, EOT}
+    for c in set(concepts): ids.update(encode(c))
+    for t in PLAIN + CLIP_80: ids.update(fill(t))
+    for t, s in product(STYLED, set(styles)): ids.update(fill(t, style=s))
+    return ids
 
-def token_ids(concepts, styles, names=()) -> list[int]: # names: whatever else somebody may want to ask about
+def token_ids(concepts, styles, names=()) -> list[int]: # names: what else one may want to ask about
     "Ids that get a row, ascending"
-    more = {*names, *other_names(), *(c.lower() for c in IMAGENET_CLASSNAMES), 'a photo of a.', 'photo', 'x'}
+    imagenet = [c.lower() for c in IMAGENET_CLASSNAMES]
+    more = {*names, *other_names(), *imagenet, 'a photo of a.', 'photo', 'x'}
     return sorted(caption_ids(concepts, styles) | {i for n in more for i in encode(n)})
 
+# %% ../nbs/30_pretrain.ipynb #p069b
 @dataclass
 class Pairs:
     "The pre-training set"
@@ -470,17 +663,22 @@ class Pairs:
     token_ids:list[int]  # rows of the model's token table
 
     def save(self, folder:Path):
-        pd.DataFrame(dict(concept=self.concepts, style=self.styles)).to_csv(Path(folder)/'pretraining.csv', index=False)
-        np.save(Path(folder)/'pretraining.npy', self.images)
-        np.savetxt(Path(folder)/'token_ids.txt', self.token_ids, '%d')
+        folder = Path(folder)
+        table = pd.DataFrame(dict(concept=self.concepts, style=self.styles))
+        table.to_csv(folder/'pretraining.csv', index=False)
+        np.save(folder/'pretraining.npy', self.images)
+        np.savetxt(folder/'token_ids.txt', self.token_ids, '%d')
 
     @classmethod
     def load(cls, folder:Path):
-        t = pd.read_csv(Path(folder)/'pretraining.csv', keep_default_na=False)
-        return cls(np.load(Path(folder)/'pretraining.npy'), t.concept.tolist(), t['style'].tolist(), np.loadtxt(Path(folder)/'token_ids.txt', dtype=int).tolist())
+        folder = Path(folder)
+        t = pd.read_csv(folder/'pretraining.csv', keep_default_na=False)
+        ids = np.loadtxt(folder/'token_ids.txt', dtype=int).tolist()
+        return cls(np.load(folder/'pretraining.npy'), t.concept.tolist(), t['style'].tolist(), ids)
 
 # %% ../nbs/30_pretrain.ipynb #p072
-def row_numbers(ids:list[int]) -> Tensor: # [49408]: token id -> row of the small table, 0 for the rest
+def row_numbers(ids:list[int]) -> Tensor: # [49408]
+    "From token id to row of the small table, 0 for ids that have none"
     rows = torch.zeros(MODEL['text_cfg']['vocab_size'], dtype=torch.long)
     rows[torch.tensor(ids)] = torch.arange(len(ids))
     return rows
@@ -499,12 +697,13 @@ def augment(
 ) -> Tensor:              # float [B, 3, 32, 32] in [0, 1]
     "A random view of each icon in random colours"
     B, rand = len(grey), lambda *shape: torch.rand(*shape, generator=gen)
-    ink = 1-grey[:, None].float()/255                                            # [B, 1, 32, 32]
+    ink = 1-grey[:, None].float()/255                                # [B, 1, 32, 32]
     zoom, tilt = .8+.35*rand(B), (torch.randn(B, generator=gen)*3).deg2rad()
     shift, aspect = (rand(B, 2)-.5)*.25, 1+(rand(B)-.5)*.2
-    A = torch.stack([torch.stack([zoom*aspect*tilt.cos(), -zoom*tilt.sin(), shift[:, 0]], -1),
-                     torch.stack([zoom*tilt.sin(), zoom/aspect*tilt.cos(), shift[:, 1]], -1)], 1) # [B, 2, 3]
-    ink = F.grid_sample(ink, F.affine_grid(A, ink.shape, align_corners=False), align_corners=False)
+    x = torch.stack([zoom*aspect*tilt.cos(), -zoom*tilt.sin(), shift[:, 0]], -1)
+    y = torch.stack([zoom*tilt.sin(), zoom/aspect*tilt.cos(), shift[:, 1]], -1)
+    grid = F.affine_grid(torch.stack([x, y], 1), ink.shape, align_corners=False)
+    ink = F.grid_sample(ink, grid, align_corners=False)
     pen, paper = torch.zeros(B, 3), torch.ones(B, 3)
     tint = rand(B) < .5
     pen[tint] = rand(int(tint.sum()), 3)*.6
@@ -517,7 +716,7 @@ def augment(
 def contrastive_loss(
     images:Tensor,    # [B, E], any length
     texts:Tensor,     # [B, E]
-    scale:Tensor,     # tau
+    scale:Tensor,     # s
     concepts:Tensor,  # [B], equal numbers for equal concepts
 ) -> Tensor:          # scalar
     "CLIP's loss, with all captions of a concept as right answers"
@@ -530,9 +729,28 @@ def contrastive_loss(
 def encode_text(model:nn.Module, tokens:Tensor) -> Tensor: # [B, L] row numbers -> [B, E]
     "open_clip's text tower at any length up to its context"
     L = tokens.shape[1]
-    x = model.token_embedding(tokens) + model.positional_embedding[:L]           # [B, L, d_t]
+    x = model.token_embedding(tokens) + model.positional_embedding[:L]           # [B, L, D_t]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:L, :L]))
     return x[torch.arange(len(x)), tokens.argmax(-1)] @ model.text_projection
+
+# %% ../nbs/30_pretrain.ipynb #p085a
+def schedule(step:int, steps:int, warmup:int) -> float:
+    "Learning-rate factor: linear warm-up, then a cosine to zero, whichever is lower"
+    angle = math.pi*max(0, step-warmup)/(steps-warmup)
+    return min((step+1)/warmup, .5*(1+math.cos(angle)))
+
+def _new_model(cfg:dict, rows:int) -> nn.Module:
+    "CLIP with a token table of so many rows"
+    text_cfg = dict(cfg['text_cfg'], vocab_size=rows)
+    return open_clip.model.CLIP(**dict(copy.deepcopy(cfg), text_cfg=text_cfg))
+
+def _optimizer(model:nn.Module, lr:float) -> torch.optim.Optimizer:
+    "Weight decay on matrices, but not on embeddings"
+    decayed, free = [], []
+    for name, p in model.named_parameters():
+        (decayed if p.ndim >= 2 and 'embedding' not in name else free).append(p)
+    groups = [dict(params=decayed, weight_decay=.1), dict(params=free, weight_decay=0.)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(.9, .98), fused=True)
 
 # %% ../nbs/30_pretrain.ipynb #p085
 class Run:
@@ -547,61 +765,70 @@ class Run:
         seed:int=0,
     ):
         torch.manual_seed(seed)
-        self.pairs, self.steps, self.batch_size, self.lr, self.warmup = pairs, steps, batch_size, lr, warmup
+        self.pairs, self.steps, self.batch_size = pairs, steps, batch_size
+        self.lr, self.warmup = lr, warmup
         self.rng, self.gen = random.Random(seed), torch.Generator().manual_seed(seed)
         self.rows, self.images = row_numbers(pairs.token_ids), torch.from_numpy(pairs.images)
         self.concepts = torch.tensor(pd.factorize(np.array(pairs.concepts))[0])
-        self.model = open_clip.model.CLIP(**dict(copy.deepcopy(cfg), text_cfg=dict(cfg['text_cfg'], vocab_size=len(pairs.token_ids))))
-        decays = lambda n, p: p.ndim >= 2 and 'embedding' not in n
-        named = list(self.model.named_parameters())
-        self.optimizer = torch.optim.AdamW([dict(params=[p for n, p in named if decays(n, p)], weight_decay=.1),
-            dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.)], lr=lr, betas=(.9, .98), fused=True)
-        self.step, self.loss, self.order = 0, None, torch.tensor([], dtype=torch.long)
+        self.model = _new_model(cfg, len(pairs.token_ids))
+        self.optimizer = _optimizer(self.model, lr)
+        self.step, self.loss = 0, None
+        self.order = torch.tensor([], dtype=torch.long)   # of the rest of the epoch
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]: # [B, 3, 32, 32], [B, L], [B]
         "Fresh views and fresh captions of the next pictures of the epoch"
-        if len(self.order) < self.batch_size: self.order = torch.randperm(len(self.images), generator=self.gen)
+        if len(self.order) < self.batch_size:
+            self.order = torch.randperm(len(self.images), generator=self.gen)
         at, self.order = self.order[:self.batch_size], self.order[self.batch_size:]
         images = (augment(self.images[at], self.gen)-MEAN)/STD
-        captions = [caption(self.pairs.concepts[i], self.pairs.styles[i], self.rng) for i in at.tolist()]
+        concepts, styles = self.pairs.concepts, self.pairs.styles
+        captions = [caption(concepts[i], styles[i], self.rng) for i in at.tolist()]
         return images, self.rows[pad(captions)], self.concepts[at]
 
     def advance(self) -> float:
         "One step; returns the loss"
-        for g in self.optimizer.param_groups: g['lr'] = self.lr*schedule(self.step, self.steps, self.warmup)
+        lr = self.lr*schedule(self.step, self.steps, self.warmup)
+        for group in self.optimizer.param_groups: group['lr'] = lr
         images, tokens, concepts = self.batch()
         with torch.autocast('cpu', torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            f, g = self.model.encode_image(images), encode_text(self.model, tokens)
-        loss = contrastive_loss(f.float(), g.float(), self.model.logit_scale.exp(), concepts)
+            f, t = self.model.encode_image(images), encode_text(self.model, tokens)   # [B, E] each
+        loss = contrastive_loss(f.float(), t.float(), self.model.logit_scale.exp(), concepts)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
         self.optimizer.step()
         with torch.no_grad(): self.model.logit_scale.clamp_(max=math.log(100))
-        self.step, self.loss = self.step+1, loss.item() if self.loss is None else .98*self.loss + .02*loss.item()
-        return loss.item()
+        self.step += 1
+        now = loss.item()
+        self.loss = now if self.loss is None else .98*self.loss + .02*now
+        return now
 
     def save(self, path:Path):
         "Atomic: the old checkpoint stays until the new one is complete"
-        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step, loss=self.loss, order=self.order,
-            gen=self.gen.get_state(), rng=self.rng.getstate(), token_ids=self.pairs.token_ids)
+        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+            step=self.step, loss=self.loss, order=self.order, gen=self.gen.get_state(),
+            rng=self.rng.getstate(), token_ids=self.pairs.token_ids)
         replace_file(Path(path), lambda p: torch.save(state, p))
 
     def load(self, path:Path):
         "Go on where `save` was called. Raises ValueError for a checkpoint of other pairs"
         state = torch.load(path, weights_only=True)
-        if state['token_ids'] != self.pairs.token_ids: raise ValueError(f'{path} belongs to other pre-training pairs; remove it or give another --out')
+        if state['token_ids'] != self.pairs.token_ids:
+            raise ValueError(f'{path} belongs to other pre-training pairs; '
+                             'remove it or give another --out')
         self.model.load_state_dict(state['model'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.step, self.loss, self.order = state['step'], state['loss'], state['order']
         self.gen.set_state(state['gen'])
         self.rng.setstate(state['rng'])
 
-def schedule(step:int, steps:int, warmup:int) -> float:
-    "Learning-rate factor: linear warm-up, then a cosine to zero, whichever is lower"
-    return min((step+1)/warmup, .5*(1+math.cos(math.pi*max(0, step-warmup)/(steps-warmup))))
-
 # %% ../nbs/30_pretrain.ipynb #p090
+_LOG = dict(step=int, loss=float, logit_scale=float, seconds=int)
+
+def _write_log(rows:list[list], path:Path):
+    log = pd.DataFrame(rows, columns=list(_LOG)).astype(_LOG)
+    replace_file(path, lambda p: log.to_csv(p, index=False, lineterminator='\n'))
+
 def train(
     run:Run,
     out:Path,           # receives checkpoint.pt and picto-clip-training.csv
@@ -611,37 +838,46 @@ def train(
 ):
     "Run to the end, from the last checkpoint if there is one"
     out, start = Path(out), time.time()
-    if (out/'checkpoint.pt').exists(): run.load(out/'checkpoint.pt'); report(f'going on at step {run.step}')
-    log = out/'picto-clip-training.csv'
-    past = pd.read_csv(log) if log.exists() and run.step else pd.DataFrame(columns=['step', 'loss', 'logit_scale', 'seconds'])
-    rows = past[past.step <= run.step].values.tolist()     # steps after the checkpoint are done again
+    checkpoint, log, rows = out/'checkpoint.pt', out/'picto-clip-training.csv', []
+    if checkpoint.exists():
+        run.load(checkpoint)
+        report(f'going on at step {run.step}')
+    if log.exists() and run.step:
+        past = pd.read_csv(log)
+        rows = past[past.step <= run.step].values.tolist()   # later steps are done again
     before = rows[-1][3] if rows else 0
     while run.step < run.steps:
         run.advance()
         if run.step % log_every == 0:
-            rows.append([run.step, round(run.loss, 3), round(run.model.logit_scale.exp().item(), 1), round(before+time.time()-start)])
-            report(f'step {run.step} of {run.steps}, loss {run.loss:.3f}, scale {rows[-1][2]}, {rows[-1][3]} s')
+            scale = round(run.model.logit_scale.exp().item(), 1)
+            seconds = round(before + time.time() - start)
+            rows.append([run.step, round(run.loss, 3), scale, seconds])
+            report(f'step {run.step} of {run.steps}, loss {run.loss:.3f}, '
+                   f'scale {scale}, {seconds} s')
         if run.step % every == 0 or run.step == run.steps:
-            run.save(out/'checkpoint.pt')
-            replace_file(log, lambda p: pd.DataFrame(rows, columns=past.columns).astype(dict(step=int, seconds=int)).to_csv(p, index=False, lineterminator='\n'))
+            run.save(checkpoint)
+            _write_log(rows, log)
 
 # %% ../nbs/30_pretrain.ipynb #p094
 ALPHA = 0.25
 
+def _template_ids() -> list[int]: return sorted({i for t in PLAIN + CLIP_80 for i in fill(t)})
+
 def settle_unknown(
-    table:Tensor,       # [R, d_t], rows in the order of `ids`
+    table:Tensor,       # [R, D_t], rows in the order of `ids`
     ids:list[int],
     known:set[int],     # ids that captions contain
     alpha:float=ALPHA,  # 0 leaves the random rows, 1 makes all of them the mean template word
 ) -> Tensor:
     "Move rows that were never trained towards the mean of the template words"
     row = {t: r for r, t in enumerate(ids)}
-    mean = table[[row[t] for t in sorted({i for t in PLAIN + CLIP_80 for i in fill(t)})]].mean(0)
+    mean = table[[row[t] for t in _template_ids()]].mean(0)   # [D_t]
     unknown = [row[t] for t in ids if t not in known]
     out = table.clone()
     out[unknown] = (1-alpha)*table[unknown] + alpha*mean
     return out
 
+# %% ../nbs/30_pretrain.ipynb #p094b
 def export_weights(
     run:Run,
     path:Path,
@@ -649,41 +885,52 @@ def export_weights(
 ):
     "Half-precision weights under open_clip's names, with everything a loader needs"
     state = {k: v.detach().clone() for k, v in run.model.state_dict().items() if k != 'attn_mask'}
-    known = caption_ids(run.pairs.concepts, run.pairs.styles)
-    state['token_embedding.weight'] = settle_unknown(state['token_embedding.weight'], run.pairs.token_ids, known)
-    tensors = {k: v.half().contiguous() for k, v in state.items()} | dict(token_ids=torch.tensor(run.pairs.token_ids, dtype=torch.int32))
-    meta = dict(name='picto-clip', version='1', model_cfg=json.dumps(cfg), mean=json.dumps([MEAN]*3), std=json.dumps([STD]*3), interpolation='bicubic',
+    known, ids = caption_ids(run.pairs.concepts, run.pairs.styles), run.pairs.token_ids
+    embedding = 'token_embedding.weight'
+    state[embedding] = settle_unknown(state[embedding], ids, known)
+    tensors = {k: v.half().contiguous() for k, v in state.items()}
+    tensors['token_ids'] = torch.tensor(ids, dtype=torch.int32)
+    meta = dict(name='picto-clip', version='1', model_cfg=json.dumps(cfg),
+        mean=json.dumps([MEAN]*3), std=json.dumps([STD]*3), interpolation='bicubic',
         steps=str(run.step), pairs=str(len(run.images)), alpha=str(ALPHA))
     replace_file(Path(path), lambda p: save_file(tensors, p, metadata=meta))
     os.chmod(path, 0o644)
 
 # %% ../nbs/30_pretrain.ipynb #p097
-app = typer.Typer(help='Make the Pictograms benchmark and picto-clip again.', no_args_is_help=True, pretty_exceptions_show_locals=False)
-SOURCE = typer.Option(..., '--source', help=f'iconify-json-{VERSION}.tgz, or the folder it unpacks to; {HOW}')
+app = typer.Typer(help='Make the Pictograms benchmark and picto-clip again.',
+    no_args_is_help=True, pretty_exceptions_show_locals=False)
+SOURCE = typer.Option(..., '--source',
+    help=f'iconify-json-{VERSION}.tgz, or the folder it unpacks to; {HOW}')
 OUT = typer.Option(Path('rebuilt'), '--out', help='folder for everything that is made')
 
 def _build(source:Path, out:Path):
     out.mkdir(parents=True, exist_ok=True)
     try: build(open_source(source, out/'source'), out)
-    except (FileNotFoundError, ValueError, ImportError) as e: raise typer.BadParameter(str(e)) from None
+    except (FileNotFoundError, ValueError, ImportError) as e:
+        raise typer.BadParameter(str(e)) from None
 
 @app.command('build')
 def build_command(source:Path=SOURCE, out:Path=OUT):
     "Benchmark, attribution and pre-training pack. Compares the pictures with the shipped ones"
     _build(source, out)
-    same = (out/'pictograms.sha256').read_text() == (assets()/'pictograms.sha256').read_text()
-    typer.echo(f"{out}: pictures {'equal the shipped ones' if same else 'DIFFER from the shipped ones'}")
+    mark, shipped = out/'pictograms.sha256', assets()/'pictograms.sha256'
+    same = mark.read_text() == shipped.read_text()
+    said = 'equal the shipped ones' if same else 'DIFFER from the shipped ones'
+    typer.echo(f'{out}: pictures {said}')
     raise typer.Exit(0 if same else 1)
 
 @app.command('train')
-def train_command(source:Path=SOURCE, out:Path=OUT, steps:int=typer.Option(7000, help='of 256 pairs')):
+def train_command(source:Path=SOURCE, out:Path=OUT,
+    steps:int=typer.Option(7000, help='of 256 pairs')
+):
     "Pre-train picto-clip; start again after an interruption and it goes on"
     if not (out/'token_ids.txt').exists(): _build(source, out)
     run = Run(Pairs.load(out), steps=steps)
     try: train(run, out, report=typer.echo)
     except KeyboardInterrupt: raise typer.Exit(130)
-    export_weights(run, out/'picto-clip.safetensors')
-    typer.echo(f"{out/'picto-clip.safetensors'}: {(out/'picto-clip.safetensors').stat().st_size/1e6:.1f} MB")
+    path = out/'picto-clip.safetensors'
+    export_weights(run, path)
+    typer.echo(f'{path}: {path.stat().st_size/1e6:.1f} MB')
 
 # %% ../nbs/30_pretrain.ipynb #p098
 #| eval: false
