@@ -37,14 +37,16 @@ def as_drawn(image:Image.Image) -> Image.Image:
 def edge_map(image:Image.Image) -> Image.Image:
     "Outlines only: brightest minus darkest of each 3x3 neighbourhood, dark lines on white"
     grey = image.convert('L')
-    gradient = ImageChops.subtract(grey.filter(ImageFilter.MaxFilter(3)), grey.filter(ImageFilter.MinFilter(3)))
-    return ImageOps.invert(gradient).convert('RGB')
+    brightest = grey.filter(ImageFilter.MaxFilter(3))
+    darkest = grey.filter(ImageFilter.MinFilter(3))
+    return ImageOps.invert(ImageChops.subtract(brightest, darkest)).convert('RGB')
 
 def pixelate(image:Image.Image,
     size:int=11, # pixels left along each side
 ) -> Image.Image:
     "Average down to a few pixels, then blow them up again to the old size"
-    return image.resize((size, size), Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST)
+    small = image.resize((size, size), Image.Resampling.BOX)
+    return small.resize(image.size, Image.Resampling.NEAREST)
 
 def rotate90(image:Image.Image) -> Image.Image:
     "A quarter turn, counter-clockwise"
@@ -61,14 +63,20 @@ class DataNotFound(DataError, FileNotFoundError):
 
 # %% ../nbs/04_data.ipynb #04-013
 def _unknown(what:str, given:str, known) -> DataError:
+    "A name that nobody knows, the nearest one and all that are known"
     near = difflib.get_close_matches(str(given).lower(), known, 1, 0.5)
     hint = f": did you mean '{near[0]}'?" if near else ';'
     return DataError(f"unknown {what} '{given}'{hint} known: {', '.join(known)}")
 
+def _said(error:Exception, most:int|None=None) -> str: # at most so many characters
+    "What an error of another library says, on one line"
+    return ' '.join(str(error).split())[:most]
+
 def _warn(text:str):
     "A warning that points at the line outside this module"
     frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals is globals(): frame, level = frame.f_back, level+1
+    while frame.f_back and frame.f_globals is globals():
+        frame, level = frame.f_back, level+1
     warnings.warn(text, stacklevel=level)
 
 # %% ../nbs/04_data.ipynb #04-015
@@ -82,8 +90,9 @@ def to_rgb(image:Image.Image) -> Image.Image:
     image = _upright(image)
     if image.mode.startswith('I'):
         pixels = np.asarray(image)
-        if pixels.min() < 0 or pixels.max() > 65535: raise ValueError('32 bits per pixel: save it with 8 or 16')
-        image = Image.fromarray((pixels >> 8).astype(np.uint8)) # 16 bit: PIL would cut at 255, not scale
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError('32 bits per pixel: save it with 8 or 16')
+        image = Image.fromarray((pixels >> 8).astype(np.uint8)) # PIL would cut at 255, not scale
     if image.mode == 'F': raise ValueError('pixels are fractions: save it with 8 or 16 bits')
     if image.has_transparency_data:
         image = image.convert('RGBA')
@@ -91,17 +100,18 @@ def to_rgb(image:Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 def open_image(path:str) -> Image.Image:
-    "`Image.open`, but a picture so large that PIL suspects an attack is refused rather than warned of"
+    "`Image.open`, but a picture so large that PIL suspects an attack is refused, not warned of"
     with warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
         return Image.open(path)
 
+# %% ../nbs/04_data.ipynb #04-017
 def _below(path:str, folder) -> str:
     "The path from this folder on, if it lies below it"
     path = Path(path)
-    return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
+    if path.is_relative_to(folder): path = path.relative_to(folder)
+    return path.as_posix()
 
-# %% ../nbs/04_data.ipynb #04-017
 @dataclass(frozen=True)
 class _Files:
     "Pictures on disk"
@@ -111,7 +121,8 @@ class _Files:
         try:
             with open_image(path) as image: return to_rgb(image)
         except Exception as e: # PIL raises many kinds
-            raise DataError(f"cannot read the image {path} ({' '.join(str(e).split())}); repair or remove it, or load with skip_broken=True (--skip-broken)") from e
+            raise DataError(f'cannot read the image {path} ({_said(e)}); repair or remove it, '
+                            'or load with skip_broken=True (--skip-broken)') from e
 
     def mark(self, path:str) -> str:
         return f'{_below(path, self.root)} {Path(path).stat().st_size}'
@@ -121,9 +132,11 @@ class _Files:
 def _unzip(path:str, changed:int) -> dict[str, np.ndarray]: # name -> uint8 [H, W] or [H, W, 3]
     "All pictures of an archive, decoded once per process; `changed` is the file's time"
     try:
-        with zipfile.ZipFile(path) as z: return {n: np.asarray(Image.open(BytesIO(z.read(n)))) for n in z.namelist()}
+        with zipfile.ZipFile(path) as z:
+            return {name: np.asarray(Image.open(BytesIO(z.read(name)))) for name in z.namelist()}
     except (zipfile.BadZipFile, OSError) as e:
-        raise DataError(f'{path} is damaged ({e}); reinstall clipprompt or build it again as chapter 30 shows') from e
+        raise DataError(f'{path} is damaged ({e}); reinstall clipprompt '
+                        'or build it again as the picto-clip chapter shows') from e
 
 @dataclass(frozen=True)
 class _Archive:
@@ -133,9 +146,12 @@ class _Archive:
 
     def _pixels(self, name:str) -> np.ndarray:
         try: return _unzip(self.path, self.changed)[name]
-        except KeyError: raise DataError(f"{self.path} has no picture '{name}' though its table lists it; reinstall clipprompt") from None
+        except KeyError:
+            raise DataError(f"{self.path} has no picture '{name}' though its table lists it; "
+                            'reinstall clipprompt') from None
 
-    def __call__(self, name:str) -> Image.Image: return Image.fromarray(self._pixels(name)).convert('RGB')
+    def __call__(self, name:str) -> Image.Image:
+        return Image.fromarray(self._pixels(name)).convert('RGB')
 
     def mark(self, name:str) -> str: return f'{name} {zlib.crc32(self._pixels(name).tobytes())}'
 
@@ -145,7 +161,9 @@ class Item:
     "One picture and what it shows"
     path:str      # a file, or a name inside the archive
     label:int     # place in the list of class names
-    domain:str='' # who or what made it: in Pictograms the family of icons, in a joined set (below) the set it came from
+    # who or what made it: in Pictograms the family of icons; in a joined set (below) the set it
+    # came from
+    domain:str=''
 
 # %% ../nbs/04_data.ipynb #04-025
 def sample_shots(
@@ -154,9 +172,12 @@ def sample_shots(
     seed:int|random.Random, # or a generator that has drawn before
 ) -> list[Item]:
     "K items of each label, drawn as Zhou et al. (2022) draw them"
-    rng, by_label = seed if isinstance(seed, random.Random) else random.Random(seed), defaultdict(list)
-    for item in items: by_label[item.label].append(item) # a dict keeps the order of first appearance
-    return [i for mine in by_label.values() for i in (rng.sample(mine, shots) if len(mine) >= shots else mine)]
+    rng = seed if isinstance(seed, random.Random) else random.Random(seed)
+    by_label = defaultdict(list)   # a dict keeps the order of first appearance
+    for item in items: by_label[item.label].append(item)
+    drawn = []
+    for mine in by_label.values(): drawn += rng.sample(mine, shots) if len(mine) >= shots else mine
+    return drawn
 
 # %% ../nbs/04_data.ipynb #04-029
 def relabel(items:list[Item], labels) -> list[Item]:
@@ -168,7 +189,10 @@ def relabel(items:list[Item], labels) -> list[Item]:
 def _digest(*parts) -> str: return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 def _look(domain:Callable) -> str:
-    "What stands for a domain in a fingerprint: the name of one of ours, of another what it makes of a picture of noise"
+    """What stands for a domain in a fingerprint
+
+    The name of one of ours; of another, what it makes of a picture of noise
+    """
     if domain in DOMAINS.values(): return domain.__name__
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     return hashlib.sha256(domain(Image.fromarray(noise)).tobytes()).hexdigest()[:16]
@@ -197,7 +221,10 @@ class Pictures(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        "16 hex digits over pictures, labels, domain and transform: equal digits, equal tensors (if nothing in the transform is random)"
+        """16 hex digits over pictures, labels, domain and transform
+
+        Equal digits, equal tensors (if nothing in the transform is random)
+        """
         return _digest(self.data._marks(self.items), self.data._drawn(), repr(self.transform))
 
 # %% ../nbs/04_data.ipynb #04-035
@@ -210,25 +237,34 @@ class DataSet:
     test:list[Item]
     template:str='a photo of a {}.' # the sentence of zero-shot CLIP
     source:Callable=_Files()        # path -> RGB picture
-    domain:Callable|dict=as_drawn   # what is done to every picture, in training and in test; in a joined set, to those of each domain
+    # what is done to every picture, in training and in test; in a joined set, to those of each
+    # domain
+    domain:Callable|dict=as_drawn
     task:str=''                     # which domain or split this is, for tables
     crop_scale:tuple=(0.08, 1.0)    # share of the area that a random training crop keeps
     flip:bool=True                  # may training pictures be mirrored?
     by_domain:bool=False            # are few shots drawn from each domain apart?
-    val:list[Item]=field(default_factory=list) # to choose settings on; nothing in this book trains on it or is scored on it
+    # to choose settings on; nothing in this book trains on it or is scored on it
+    val:list[Item]=field(default_factory=list)
     split:str=''                    # where the split comes from, one line
-    origin:dict=field(default_factory=dict)    # load_dataset(**origin) makes the set again from which this one was taken
+    # load_dataset(**origin) makes the set again from which this one was taken
+    origin:dict=field(default_factory=dict)
 
     def __post_init__(self):
-        n = len(self.classnames)
+        where, n = f"data set '{self.name}'", len(self.classnames)
         for i, c in enumerate(self.classnames):
-            if not c.strip(): raise DataError(f"data set '{self.name}': class {i} has an empty name; give it a word that CLIP can read")
+            if c.strip(): continue
+            raise DataError(f'{where}: class {i} has an empty name; '
+                            'give it a word that CLIP can read')
         for split in ('train', 'val', 'test'):
-            if bad := {i.label for i in getattr(self, split)} - set(range(n)):
-                raise DataError(f"data set '{self.name}': {split} label {min(bad)} has no class name; labels run from 0 to {n-1}")
+            bad = {i.label for i in getattr(self, split)} - set(range(n))
+            if bad: raise DataError(f'{where}: {split} label {min(bad)} has no class name; '
+                                    f'labels run from 0 to {n-1}')
 
     def __repr__(self):
-        return f"{self.name}{'/'+self.task if self.task else ''}: {len(self.classnames)} classes, {len(self.train)} training and {len(self.test)} test pictures"
+        name = f'{self.name}/{self.task}' if self.task else self.name
+        return (f'{name}: {len(self.classnames)} classes, '
+                f'{len(self.train)} training and {len(self.test)} test pictures')
 
     def read(self, item:Item) -> Image.Image:
         "The picture of an item, RGB, in this data set's domain"
@@ -245,7 +281,8 @@ class DataSet:
         transform:Callable, # from `train_transform` or `test_transform`
     ) -> Pictures:
         "A split, ready for a DataLoader"
-        if split not in ('train', 'test', 'val'): raise _unknown('split', split, ['train', 'test', 'val'])
+        splits = ['train', 'test', 'val']
+        if split not in splits: raise _unknown('split', split, splits)
         items = getattr(self, split)
         if not items: raise DataError(f"data set '{self.name}' has no {split} pictures")
         return Pictures(self, items, transform)
@@ -253,21 +290,15 @@ class DataSet:
     def few_shot(self,
         shots:int,              # K, pictures per class
         seed:int=1,             # the papers use 1, 2 and 3
-        allow_fewer:bool=False, # keep all pictures of a class that has fewer, as the papers do, instead of an error
+        allow_fewer:bool=False, # keep a class that has fewer whole, as the papers do; no error
     ) -> 'DataSet':
         "Keep K training pictures per class, chosen as CoOp chooses them"
-        if not hasattr(shots, '__index__') or shots < 1: raise DataError(f'shots must be a whole number of at least 1, not {shots!r}')
-        parts = [[i for i in self.train if i.domain == d] for d in dict.fromkeys(i.domain for i in self.train)] if self.by_domain and self.train else [self.train]
-        counts = [Counter(i.label for i in part) for part in parts]
-        n, scarce = min((count[label], name) for count in counts for label, name in enumerate(self.classnames))
-        if n < shots and not allow_fewer:
-            cure = f"use at most {n} shot{'s'*(n > 1)}, or in Python allow_fewer=True" if n else 'add some'
-            raise DataError(f"{shots} shots asked for, but class '{scarce}' of '{self.name}' has {n} training pictures{' in one of its domains' if self.by_domain else ''}; {cure}")
+        _check_shots(self, shots, allow_fewer)
         train, val = [], []
-        for part in parts:
+        for mine, to_choose_on in _pools(self):
             rng = random.Random(int(seed))
-            train += sample_shots(part, int(shots), rng)
-            val += sample_shots([i for i in self.val if not self.by_domain or part and i.domain == part[0].domain], min(int(shots), 4), rng) # the same stream goes on
+            train += sample_shots(mine, int(shots), rng)
+            val += sample_shots(to_choose_on, min(int(shots), 4), rng) # the same stream goes on
         return replace(self, train=train, val=val)
 
     def base(self) -> 'DataSet':
@@ -279,18 +310,50 @@ class DataSet:
         return self._only(range((len(self.classnames)+1)//2, len(self.classnames)))
 
     def _only(self, labels) -> 'DataSet':
-        if len(labels) < 2: raise DataError(f"base and new need two classes each, but '{self.name}' has {len(self.classnames)} in all")
+        if len(labels) < 2:
+            raise DataError(f"base and new need two classes each, but '{self.name}' "
+                            f'has {len(self.classnames)} in all')
         return replace(self, classnames=[self.classnames[l] for l in labels],
-                       train=relabel(self.train, labels), test=relabel(self.test, labels), val=relabel(self.val, labels))
+                       train=relabel(self.train, labels), test=relabel(self.test, labels),
+                       val=relabel(self.val, labels))
 
-    def _drawn(self): return {k: _look(f) for k, f in self.domain.items()} if isinstance(self.domain, dict) else _look(self.domain)
+    def _drawn(self):
+        if not isinstance(self.domain, dict): return _look(self.domain)
+        return {name: _look(domain) for name, domain in self.domain.items()}
 
-    def _marks(self, items): return [(self.source.mark(i.path), i.label, *([i.domain] if self.by_domain else [])) for i in items]
+    def _marks(self, items):
+        if self.by_domain: return [(self.source.mark(i.path), i.label, i.domain) for i in items]
+        return [(self.source.mark(i.path), i.label) for i in items]
 
     @property
     def fingerprint(self) -> str:
-        "16 hex digits over names, labels, pictures and domain; not over `val`, on which no result depends"
-        return _digest(self.name, self.classnames, self._marks(self.train), self._marks(self.test), self._drawn())
+        """16 hex digits over names, labels, pictures and domain
+
+        Not over `val`, on which no result depends
+        """
+        return _digest(self.name, self.classnames, self._marks(self.train), self._marks(self.test),
+                       self._drawn())
+
+# %% ../nbs/04_data.ipynb #04-036b
+def _pools(data:DataSet) -> list[tuple[list, list]]: # training and validation pictures of each
+    "What shots are drawn from: all pictures, or those of one domain after the other"
+    if not data.by_domain: return [(data.train, data.val)]
+    def of(domain, items): return [i for i in items if i.domain == domain]
+    domains = dict.fromkeys(i.domain for i in data.train)   # in order of first appearance
+    return [(of(d, data.train), of(d, data.val)) for d in domains] or [([], [])]
+
+def _check_shots(data:DataSet, shots:int, allow_fewer:bool):
+    "Raises DataError if `shots` is no count, or more than there are"
+    if not hasattr(shots, '__index__') or shots < 1:
+        raise DataError(f'shots must be a whole number of at least 1, not {shots!r}')
+    counts = [Counter(i.label for i in train) for train, _ in _pools(data)]
+    names = list(enumerate(data.classnames))
+    n, scarce = min((count[label], name) for count in counts for label, name in names)
+    if n >= shots or allow_fewer: return
+    where = ' in one of its domains' if data.by_domain else ''
+    cure = f"use at most {n} shot{'s'*(n > 1)}, or in Python allow_fewer=True" if n else 'add some'
+    raise DataError(f"{shots} shots asked for, but class '{scarce}' of '{data.name}' "
+                    f'has {n} training pictures{where}; {cure}')
 
 # %% ../nbs/04_data.ipynb #04-039
 TASKS = {'pictograms': [*DOMAINS, 'styles'], 'emoji': [*DOMAINS]}
@@ -300,18 +363,26 @@ def _pictograms(name:str, task:str|None, root:Path) -> DataSet:
     "The shipped benchmark (`pictograms`) or its second data set (`emoji`)"
     task = task or {'pictograms': 'pixels', 'emoji': 'icons'}[name]
     if task not in TASKS[name]: raise _unknown(f'task of {name}', task, TASKS[name])
-    for file in (root/'pictograms.csv', root/'pictograms.zip'):
-        if not file.is_file(): raise DataNotFound(f'{file} is missing; reinstall clipprompt, or build it as chapter 30 shows')
-    table = pd.read_csv(root/'pictograms.csv', dtype=str, keep_default_na=False) # a class may be called "null"
-    table = table.sort_values(['class', 'file'])
-    rows = table[table.part == ('emoji' if name == 'emoji' else 'icons')]
-    test = table[table.part == 'styles'] if task == 'styles' else rows[rows.split == 'test']
-    if not len(rows) or not len(test):
-        raise DataError(f"{root/'pictograms.csv'} lists no pictures for {name}/{task}; reinstall clipprompt, or build it again as chapter 30 shows")
-    classnames = sorted(set(rows['class']))
-    items = lambda t: [Item(f, classnames.index(c), d) for f, c, d in zip(t['file'], t['class'], t['family'])]
-    return DataSet(name, classnames, items(rows[rows.split == 'train']), items(test), task=task, domain=DOMAINS.get(task, as_drawn),
-        source=_Archive(str(root/'pictograms.zip'), (root/'pictograms.zip').stat().st_mtime_ns), crop_scale=(0.6, 1.0), flip=False,
+    table, archive = root/'pictograms.csv', root/'pictograms.zip'
+    for file in (table, archive):
+        if file.is_file(): continue
+        raise DataNotFound(f'{file} is missing; reinstall clipprompt, '
+                           'or build it as the picto-clip chapter shows')
+    rows = pd.read_csv(table, dtype=str, keep_default_na=False) # a class may be called "null"
+    rows = rows.sort_values(['class', 'file'])
+    mine = rows[rows.part == ('emoji' if name == 'emoji' else 'icons')]
+    test = rows[rows.part == 'styles'] if task == 'styles' else mine[mine.split == 'test']
+    if not len(mine) or not len(test):
+        raise DataError(f'{table} lists no pictures for {name}/{task}; reinstall clipprompt, '
+                        'or build it again as the picto-clip chapter shows')
+    classnames = sorted(set(mine['class']))
+    def items(rows):
+        columns = zip(rows['file'], rows['class'], rows['family'])
+        return [Item(file, classnames.index(c), family) for file, c, family in columns]
+    return DataSet(
+        name, classnames, items(mine[mine.split == 'train']), items(test), task=task,
+        source=_Archive(str(archive), archive.stat().st_mtime_ns),
+        domain=DOMAINS.get(task, as_drawn), crop_scale=(0.6, 1.0), flip=False,
         split='pictograms.csv, families of artists apart')
 
 # %% ../nbs/04_data.ipynb #04-042
@@ -319,20 +390,42 @@ def join(
     sources:list[DataSet], # to train on, each a domain
     target:DataSet,        # to test on
 ) -> DataSet:
-    "One data set of several domains: trained on all sources, tested on the target. Raises DataError if their classes differ"
-    sets = [*sources, target]
+    """One data set of several domains: trained on all sources, tested on the target
+
+    Raises DataError if their classes differ
+    """
+    _check_join(sources, target)
+    def marked(items, s): return [replace(i, domain=s.task) for i in items]
+    train, val = [], []
+    for s in sources:
+        train += marked(s.train, s)
+        val += marked(s.val, s)
+    return replace(target, train=train, val=val, test=marked(target.test, target),
+                   domain={s.task: s.domain for s in [*sources, target]}, by_domain=True,
+                   origin=_joined_origin(sources, target))
+
+# %% ../nbs/04_data.ipynb #04-042c
+def _check_join(sources:list[DataSet], target:DataSet):
+    "Raises DataError unless these are different domains of one data set"
     if not sources: raise DataError('no domain to train on: give at least one')
-    if odd := [s for s in sets if s.classnames != target.classnames or s.source != target.source]:
-        raise DataError(f"'{odd[0].name}/{odd[0].task}' has other classes or files than '{target.name}/{target.task}'; join domains of one data set")
-    if len({s.task for s in sets}) < len(sets): raise DataError(f"the domains {', '.join(s.task for s in sets)} are not all different; give each once")
-    mark = lambda items, s: [replace(i, domain=s.task) for i in items]
-    common = [{k: v for k, v in s.origin.items() if k != 'task'} for s in sets]
-    origin = common[-1] | dict(task=target.task, sources=[s.task for s in sources]) if common[-1] and all(c == common[-1] for c in common) else {}
-    return replace(target, train=[i for s in sources for i in mark(s.train, s)], val=[i for s in sources for i in mark(s.val, s)], test=mark(target.test, target),
-                   domain={s.task: s.domain for s in sets}, by_domain=True, origin=origin)
+    for s in sources:
+        if s.classnames == target.classnames and s.source == target.source: continue
+        raise DataError(f"'{s.name}/{s.task}' has other classes or files than "
+                        f"'{target.name}/{target.task}'; join domains of one data set")
+    tasks = [s.task for s in [*sources, target]]
+    if len(set(tasks)) < len(tasks):
+        raise DataError(f"the domains {', '.join(tasks)} are not all different; give each once")
+
+def _joined_origin(sources:list[DataSet], target:DataSet) -> dict:
+    "The arguments that load the joined set; none if its parts were not loaded alike"
+    def without_task(s): return {k: v for k, v in s.origin.items() if k != 'task'}
+    common = without_task(target)
+    if not common or any(without_task(s) != common for s in sources): return {}
+    return common | dict(task=target.task, sources=[s.task for s in sources])
 
 # %% ../nbs/04_data.ipynb #04-044
-COOP, DASSL = 'https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md', 'https://github.com/KaiyangZhou/Dassl.pytorch/blob/master/DATASETS.md'
+COOP = 'https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md'
+DASSL = 'https://github.com/KaiyangZhou/Dassl.pytorch/blob/master/DATASETS.md'
 
 @dataclass(frozen=True)
 class PublicSet:
@@ -340,7 +433,8 @@ class PublicSet:
     folder:str                      # below root, as CoOp and Dassl lay it out
     images:str                      # below the folder; split files name pictures from here
     classes:int
-    counts:tuple=(None, None, None) # pictures to train, validate and test on, as published; None: no such part, or not checked
+    # pictures to train, validate and test on, as published; None: no such part, or not checked
+    counts:tuple=(None, None, None)
     template:str='a photo of a {}.' # zero-shot CLIP's sentence, from the CoOp paper
     parts:str=''                    # who made the split
     split:str=''                    # the split file by CoOp's authors
@@ -350,39 +444,68 @@ class PublicSet:
     fetched:str=''                  # where that class leaves the images, below root
     get:str=COOP                    # how to get it otherwise
 
-_own, _rest, _test = '50/20/30 by CoOp', 'official test; rest 80/20 by CoOp', 'all pictures test'
+# %% ../nbs/04_data.ipynb #04-044c
+_OWN, _REST = '50/20/30 by CoOp', 'official test; rest 80/20 by CoOp'
 
 PUBLIC = dict(
-    imagenet=PublicSet('imagenet', 'images', 1000, (None, None, 50_000), parts='official val is the test'),
-    caltech101=PublicSet('caltech-101', '101_ObjectCategories', 100, (4128, 1649, 2465), parts=_own, split='split_zhou_Caltech101.json',
+    imagenet=PublicSet('imagenet', 'images', 1000, (None, None, 50_000),
+        parts='official val is the test'),
+    caltech101=PublicSet('caltech-101', '101_ObjectCategories', 100, (4128, 1649, 2465),
+        parts=_OWN, split='split_zhou_Caltech101.json',
         torchvision='Caltech101', fetched='caltech101/101_ObjectCategories'),
-    oxford_pets=PublicSet('oxford_pets', 'images', 37, (2944, 736, 3669), 'a photo of a {}, a type of pet.', _rest, 'split_zhou_OxfordPets.json',
+    oxford_pets=PublicSet('oxford_pets', 'images', 37, (2944, 736, 3669),
+        'a photo of a {}, a type of pet.', _REST, 'split_zhou_OxfordPets.json',
         torchvision='OxfordIIITPet', fetched='oxford-iiit-pet/images'),
-    stanford_cars=PublicSet('stanford_cars', '', 196, (6509, 1635, 8041), parts=_rest, split='split_zhou_StanfordCars.json'),
-    oxford_flowers=PublicSet('oxford_flowers', 'jpg', 102, (4093, 1633, 2463), 'a photo of a {}, a type of flower.', _own, 'split_zhou_OxfordFlowers.json',
+    stanford_cars=PublicSet('stanford_cars', '', 196, (6509, 1635, 8041),
+        parts=_REST, split='split_zhou_StanfordCars.json'),
+    oxford_flowers=PublicSet('oxford_flowers', 'jpg', 102, (4093, 1633, 2463),
+        'a photo of a {}, a type of flower.', _OWN, 'split_zhou_OxfordFlowers.json',
         torchvision='Flowers102', fetched='flowers-102/jpg'),
-    food101=PublicSet('food-101', 'images', 101, (50_500, 20_200, 30_300), 'a photo of {}, a type of food.', _own, 'split_zhou_Food101.json',
+    food101=PublicSet('food-101', 'images', 101, (50_500, 20_200, 30_300),
+        'a photo of {}, a type of food.', _OWN, 'split_zhou_Food101.json',
         torchvision='Food101', fetched='food-101/images'),
-    fgvc_aircraft=PublicSet('fgvc_aircraft', 'images', 100, (3334, 3333, 3333), 'a photo of a {}, a type of aircraft.', 'official',
+    fgvc_aircraft=PublicSet('fgvc_aircraft', 'images', 100, (3334, 3333, 3333),
+        'a photo of a {}, a type of aircraft.', 'official',
         torchvision='FGVCAircraft', fetched='fgvc-aircraft-2013b/data/images'),
-    sun397=PublicSet('sun397', 'SUN397', 397, (15_880, 3970, 19_850), parts=_rest, split='split_zhou_SUN397.json', torchvision='SUN397', fetched='SUN397'),
-    dtd=PublicSet('dtd', 'images', 47, (2820, 1128, 1692), '{} texture.', _own, 'split_zhou_DescribableTextures.json', torchvision='DTD', fetched='dtd/dtd/images'),
-    eurosat=PublicSet('eurosat', '2750', 10, (13_500, 5400, 8100), 'a centered satellite photo of {}.', _own, 'split_zhou_EuroSAT.json',
+    sun397=PublicSet('sun397', 'SUN397', 397, (15_880, 3970, 19_850),
+        parts=_REST, split='split_zhou_SUN397.json',
+        torchvision='SUN397', fetched='SUN397'),
+    dtd=PublicSet('dtd', 'images', 47, (2820, 1128, 1692),
+        '{} texture.', _OWN, 'split_zhou_DescribableTextures.json',
+        torchvision='DTD', fetched='dtd/dtd/images'),
+    eurosat=PublicSet('eurosat', '2750', 10, (13_500, 5400, 8100),
+        'a centered satellite photo of {}.', _OWN, 'split_zhou_EuroSAT.json',
         torchvision='EuroSAT', fetched='eurosat/2750'),
-    ucf101=PublicSet('ucf101', 'UCF-101-midframes', 101, (7639, 1898, 3783), 'a photo of a person doing {}.', _rest, 'split_zhou_UCF101.json'),
-    imagenetv2=PublicSet('imagenetv2', 'imagenetv2-matched-frequency-format-val', 1000, (0, 0, 10_000), parts=_test),
-    imagenet_sketch=PublicSet('imagenet-sketch', 'images', 1000, (0, 0, 50_889), parts=_test),
-    imagenet_a=PublicSet('imagenet-adversarial', 'imagenet-a', 200, (0, 0, 7500), parts=_test),
-    imagenet_r=PublicSet('imagenet-rendition', 'imagenet-r', 200, (0, 0, 30_000), parts=_test),
-    pacs=PublicSet('pacs', 'images', 7, parts='official lists, tested on both', domains=('art_painting', 'cartoon', 'photo', 'sketch'),
-        in_domain=(2048, 2344, 1670, 3929), get=DASSL),
-    vlcs=PublicSet('VLCS', '', 5, parts='official', domains=('caltech', 'labelme', 'pascal', 'sun'), get=DASSL),
-    office_home=PublicSet('office_home_dg', '', 65, parts="Dassl's, tested on both", domains=('art', 'clipart', 'product', 'real_world'), get=DASSL),
-    domainnet=PublicSet('domainnet', '', 345, parts='official lists', domains=('clipart', 'infograph', 'painting', 'quickdraw', 'real', 'sketch'), get=DASSL))
+    ucf101=PublicSet('ucf101', 'UCF-101-midframes', 101, (7639, 1898, 3783),
+        'a photo of a person doing {}.', _REST, 'split_zhou_UCF101.json'),
+)
 
+# %% ../nbs/04_data.ipynb #04-044e
+_TEST = 'all pictures test'
+
+PUBLIC |= dict(
+    imagenetv2=PublicSet('imagenetv2', 'imagenetv2-matched-frequency-format-val', 1000,
+        (0, 0, 10_000), parts=_TEST),
+    imagenet_sketch=PublicSet('imagenet-sketch', 'images', 1000, (0, 0, 50_889), parts=_TEST),
+    imagenet_a=PublicSet('imagenet-adversarial', 'imagenet-a', 200, (0, 0, 7500), parts=_TEST),
+    imagenet_r=PublicSet('imagenet-rendition', 'imagenet-r', 200, (0, 0, 30_000), parts=_TEST),
+)
+PUBLIC |= dict(
+    pacs=PublicSet('pacs', 'images', 7, parts='official lists, tested on both',
+        domains=('art_painting', 'cartoon', 'photo', 'sketch'),
+        in_domain=(2048, 2344, 1670, 3929), get=DASSL),
+    vlcs=PublicSet('VLCS', '', 5, parts='official',
+        domains=('caltech', 'labelme', 'pascal', 'sun'), get=DASSL),
+    office_home=PublicSet('office_home_dg', '', 65, parts="Dassl's, tested on both",
+        domains=('art', 'clipart', 'product', 'real_world'), get=DASSL),
+    domainnet=PublicSet('domainnet', '', 345, parts='official lists',
+        domains=('clipart', 'infograph', 'painting', 'quickdraw', 'real', 'sketch'), get=DASSL),
+)
 TASKS |= {name: list(p.domains) for name, p in PUBLIC.items() if p.domains}
 
 # %% ../nbs/04_data.ipynb #04-049
+_PARTS = 'train', 'val', 'test'
+
 @dataclass
 class _Lists:
     "What a data set's own files say; a picture is (path below the images, label)"
@@ -396,34 +519,64 @@ def _words(name:str) -> str: return ' '.join(name.replace('_', ' ').split())
 
 def _in_order(names:dict[int, str], where) -> list[str]:
     "Class names in order of label; labels run from 0 without a hole"
-    if holes := set(range(len(names))) - set(names):
-        raise DataError(f'{where}: label {min(holes)} is missing though there are {len(names)} labels; they must run from 0 without a hole, so get the file again')
-    return [_words(names[l]) for l in range(len(names))]
+    labels = range(len(names))
+    holes = set(labels) - set(names)
+    if holes:
+        raise DataError(f'{where}: label {min(holes)} is missing though there are '
+                        f'{len(names)} labels; they must run from 0 without a hole, '
+                        'so get the file again')
+    return [_words(names[l]) for l in labels]
+
+# %% ../nbs/04_data.ipynb #04-049c
+def _stays_below(path:str) -> bool:
+    if not path or path[0] == '/' or '\\' in path or '\0' in path: return False
+    folders = path.split('/')
+    return ':' not in folders[0] and '..' not in folders
+
+def _entry(entry, here:str) -> tuple[str, int, str]: # path, label, class name
+    "An entry of a split file, checked. Raises ValueError"
+    if not isinstance(entry, list) or [type(part) for part in entry] != [str, int, str]:
+        raise ValueError(f'{here} is {repr(entry)[:80]}, not [path, label, class name]')
+    path, label, name = entry
+    if not _stays_below(path):
+        raise ValueError(f'{here}: the path {path[:80]!r} does not stay below the images')
+    if label < 0: raise ValueError(f'{here}: label {label} is negative')
+    if not _words(name): raise ValueError(f'{here}: the class name is empty')
+    return posixpath.normpath(path), label, name
 
 # %% ../nbs/04_data.ipynb #04-050
-def _published(file:Path) -> _Lists:
-    'Read `{"train": [[path, label, class name], ...], "val": ..., "test": ...}` and believe nothing that was not checked'
-    def wrong(what): return DataError(f'{file}: {what}; get the published file again')
-    try: parts = json.loads(file.read_bytes())
-    except (ValueError, RecursionError, OSError) as e: raise wrong(f"no JSON ({' '.join(str(e).split())[:80]})") from e
-    if not isinstance(parts, dict) or not all(isinstance(parts.get(p), list) for p in ('train', 'val', 'test')): raise wrong("needs the three lists 'train', 'val' and 'test'")
-    names, seen, lists = {}, {}, {}
-    for part in ('train', 'val', 'test'):
-        lists[part] = []
+def _entries(parts) -> tuple[dict, dict]: # label -> class name; part -> pairs of path and label
+    "All entries of a split file, checked. Raises ValueError"
+    if not isinstance(parts, dict) or not all(isinstance(parts.get(p), list) for p in _PARTS):
+        raise ValueError("needs the three lists 'train', 'val' and 'test'")
+    names, seen, lists = {}, {}, {part: [] for part in _PARTS}
+    for part in _PARTS:
         for n, entry in enumerate(parts[part]):
             here = f'{part}, entry {n}'
-            if not (isinstance(entry, list) and len(entry) == 3 and [*map(type, entry)] == [str, int, str]): raise wrong(f'{here} is {repr(entry)[:80]}, not [path, label, class name]')
-            path, label, name = entry
-            if not path or path[0] == '/' or '\\' in path or ':' in path.split('/')[0] or '\0' in path or '..' in path.split('/'): raise wrong(f'{here}: the path {path[:80]!r} does not stay below the images')
-            if label < 0: raise wrong(f'{here}: label {label} is negative')
-            if not _words(name): raise wrong(f'{here}: the class name is empty')
-            if names.setdefault(label, name) != name: raise wrong(f'{here}: label {label} is {name[:40]!r} here but was {names[label][:40]!r} before')
-            path = posixpath.normpath(path)
-            if path in seen: raise wrong(f'{path[:80]!r} is listed twice, in {seen[path]} and in {part}')
+            path, label, name = _entry(entry, here)
+            before = names.setdefault(label, name)
+            if before != name:
+                raise ValueError(f'{here}: label {label} is {name[:40]!r} here '
+                                 f'but was {before[:40]!r} before')
+            if path in seen:
+                raise ValueError(f'{path[:80]!r} is listed twice, in {seen[path]} and in {part}')
             seen[path] = part
             lists[part].append((path, label))
     for part in ('train', 'test'):
-        if not lists[part]: raise wrong(f'the list {part!r} is empty')
+        if not lists[part]: raise ValueError(f'the list {part!r} is empty')
+    return names, lists
+
+def _published(file:Path) -> _Lists:
+    """Read a split file and believe nothing that was not checked
+
+    `{"train": [[path, label, class name], ...], "val": ..., "test": ...}`
+    """
+    def wrong(what): return DataError(f'{file}: {what}; get the published file again')
+    try: parts = json.loads(file.read_bytes())
+    except (ValueError, RecursionError, OSError) as e:
+        raise wrong(f'no JSON ({_said(e, 80)})') from e
+    try: names, lists = _entries(parts)
+    except ValueError as e: raise wrong(e) from None
     return _Lists(_in_order(names, file), **lists, split=file.name)
 
 # %% ../nbs/04_data.ipynb #04-052
@@ -432,21 +585,28 @@ def _missing(paths:list[str]) -> list[str]:
     inside = {}
     for folder in {os.path.dirname(p) for p in paths}:
         try: inside[folder] = set(os.listdir(folder))
-        except (OSError, ValueError): inside[folder] = set() # no folder, or no name that a file system takes
+        except (OSError, ValueError): inside[folder] = set() # no folder, or no possible name of one
     return [p for p in paths if os.path.basename(p) not in inside[os.path.dirname(p)]]
 
 # %% ../nbs/04_data.ipynb #04-054
 _OURS = 'seed 0: not the published one'
 
 def _cut(pairs:list[tuple], *shares:float) -> list[list[tuple]]:
-    "Shuffle each label's pictures and cut off these shares, one after the other; the rest comes last (Zhou et al. 2022, who used no seed)"
-    rng, by_label, parts = random.Random(0), defaultdict(list), [[] for _ in range(len(shares)+1)]
+    """Shuffle each label's pictures and cut off these shares, one after the other
+
+    The rest comes last (Zhou et al. 2022, who used no seed)
+    """
+    rng, by_label = random.Random(0), defaultdict(list)
     for pair in pairs: by_label[pair[1]].append(pair)
+    parts = [[] for _ in range(len(shares)+1)]
     for mine in by_label.values():
-        total = len(mine)
         rng.shuffle(mine)
-        for part, share in zip(parts, shares): part += mine[:(n := round(total*share))]; mine = mine[n:]
-        parts[-1] += mine
+        start = 0
+        for part, share in zip(parts, shares):
+            end = start + round(len(mine)*share)
+            part += mine[start:end]
+            start = end
+        parts[-1] += mine[start:]
     return parts
 
 # %% ../nbs/04_data.ipynb #04-056
@@ -460,103 +620,167 @@ class _Place:
 
     def file(self, name:str, need:bool=True) -> Path|None:
         "A list that belongs to the set: in its folder, beside its images or among them, or in root"
-        for folder in (self.root/self.known.folder, self.images.parent, self.images, self.root):
+        home = self.root/self.known.folder
+        for folder in (home, self.images.parent, self.images, self.root):
             if (folder/name).is_file(): return folder/name
         if not need: return None
         instead = f' or {self.known.split}' if self.known.split else ''
-        raise DataNotFound(f"{self.root/self.known.folder/name} is missing; '{self.name}' needs it{instead}: {self.known.get}")
+        raise DataNotFound(f"{home/name} is missing; '{self.name}' needs it{instead}: "
+                           f'{self.known.get}')
 
     def lines(self, name:str, read:Callable) -> list:
         "What `read` makes of each line that is not empty"
         file, found = self.file(name), []
         try: text = file.read_text(encoding='utf-8-sig')
-        except (OSError, ValueError) as e: raise DataError(f'cannot read {file} ({e}); get it again: {self.known.get}') from e
+        except (OSError, ValueError) as e:
+            raise DataError(f'cannot read {file} ({e}); get it again: {self.known.get}') from e
         for n, line in enumerate(text.splitlines(), 1):
+            line = line.strip()
             try:
-                if line.strip(): found.append(read(line.strip()))
-            except (ValueError, LookupError, AttributeError): raise DataError(f'{file}, line {n}: {line.strip()[:80]!r} is not understood; get the file again: {self.known.get}') from None
+                if line: found.append(read(line))
+            except (ValueError, LookupError, AttributeError):
+                raise DataError(f'{file}, line {n}: {line[:80]!r} is not understood; '
+                                f'get the file again: {self.known.get}') from None
         if not found: raise DataError(f'{file} is empty; get it again: {self.known.get}')
         return found
 
     def matrix(self, name:str, key:str) -> np.ndarray:
         "A variable of a MATLAB file"
-        try: return np.atleast_1d(loadmat(file := self.file(name), squeeze_me=True)[key])
-        except DataError: raise
-        except Exception as e: raise DataError(f"cannot read '{key}' in {file} ({' '.join(str(e).split())[:80]}); get it again: {self.known.get}") from e # scipy raises many kinds
+        file = self.file(name)
+        try: return np.atleast_1d(loadmat(file, squeeze_me=True)[key])
+        except Exception as e: # scipy raises many kinds
+            raise DataError(f"cannot read '{key}' in {file} ({_said(e, 80)}); "
+                            f'get it again: {self.known.get}') from e
 
     def folders(self, below:str='', key:Callable=str) -> list[str]:
-        if found := sorted(_subfolders(self.images/below), key=key): return found
-        raise DataNotFound(f"no class folders in {self.images/below}; '{self.name}' is expected there: {self.known.get}")
+        "The class folders, sorted"
+        found = sorted(_subfolders(self.images/below), key=key)
+        if found: return found
+        raise DataNotFound(f"no class folders in {self.images/below}; '{self.name}' is expected "
+                           f'there: {self.known.get}')
 
     def tree(self, folders:list[str], below:str='') -> list[tuple[str, int]]:
         "The pictures of class folders, sorted; the label is the folder's place"
-        inside = lambda f: sorted(n for n in os.listdir(self.images/below/f) if n.lower().endswith(IMG_EXTENSIONS) and n[0] != '.')
-        return [(posixpath.join(below, f, n), label) for label, f in enumerate(folders) for n in inside(f)]
+        found = []
+        for label, folder in enumerate(folders):
+            names = sorted(os.listdir(self.images/below/folder))
+            found += [(posixpath.join(below, folder, n), label) for n in names if _is_picture(n)]
+        return found
+
+def _is_picture(name:str) -> bool: return name.lower().endswith(IMG_EXTENSIONS) and name[0] != '.'
 
 # %% ../nbs/04_data.ipynb #04-058
-_CALTECH = dict(airplanes='airplane', Faces='face', Leopards='leopard', Motorbikes='motorbike') # CoOp, datasets/caltech101.py; it also drops two folders
-_EUROSAT = dict(AnnualCrop='Annual Crop Land', HerbaceousVegetation='Herbaceous Vegetation Land', Highway='Highway or Road', Industrial='Industrial Buildings', # CoOp,
-    Pasture='Pasture Land', PermanentCrop='Permanent Crop Land', Residential='Residential Buildings', SeaLake='Sea or Lake')                      # datasets/eurosat.py
+_DROPPED = dict(caltech101=('BACKGROUND_Google', 'Faces_easy'))   # CoOp, datasets/caltech101.py
+_RENAMED = dict(                                                  # and datasets/eurosat.py
+    caltech101=dict(airplanes='airplane', Faces='face', Leopards='leopard', Motorbikes='motorbike'),
+    eurosat=dict(
+        AnnualCrop='Annual Crop Land', HerbaceousVegetation='Herbaceous Vegetation Land',
+        Highway='Highway or Road', Industrial='Industrial Buildings', Pasture='Pasture Land',
+        PermanentCrop='Permanent Crop Land', Residential='Residential Buildings',
+        SeaLake='Sea or Lake'))
+
+def _without_test(classnames:list[str], pairs:list[tuple]) -> _Lists:
+    "No official part: all is cut 50/20/30"
+    train, val, test = _cut(pairs, .5, .2)
+    return _Lists(classnames, train, val, test, split=f'own 50/20/30 split, {_OURS}')
 
 def _thirds(place:_Place) -> _Lists:
-    "Class folders, cut 50/20/30: Caltech101, DTD, EuroSAT, Food101; a class is called as its folder, but for the names above (CoOp, datasets/dtd.py)"
-    drop, names = {'caltech101': (('BACKGROUND_Google', 'Faces_easy'), _CALTECH), 'eurosat': ((), _EUROSAT)}.get(place.name, ((), {}))
+    """Class folders, cut 50/20/30: Caltech101, DTD, EuroSAT, Food101
+
+    A class is called as its folder, but for the names above (CoOp, datasets/dtd.py)
+    """
+    names, drop = _RENAMED.get(place.name, {}), _DROPPED.get(place.name, ())
     folders = [f for f in place.folders() if f not in drop]
-    return _Lists([_words(names.get(f, f)) for f in folders], *_cut(place.tree(folders), .5, .2), split=f'own 50/20/30 split, {_OURS}')
+    return _without_test([_words(names.get(f, f)) for f in folders], place.tree(folders))
 
 # %% ../nbs/04_data.ipynb #04-060
+def _flower_names(place:_Place) -> dict[int, str]: # label -> name
+    "By cat_to_name.json; torchvision knows the same names, with a stray question mark"
+    known = getattr(torchvision.datasets.Flowers102, 'classes', ())
+    if known and not place.file('cat_to_name.json', need=False):
+        return {label: name.rstrip('?') for label, name in enumerate(known)}
+    file = place.file('cat_to_name.json')
+    try: return {int(k)-1: str(v) for k, v in json.loads(file.read_bytes()).items()}
+    except (ValueError, AttributeError, OSError) as e:
+        raise DataError(f'cannot read {file} ({e}); get it again: {COOP}') from e
+
 def _flowers(place:_Place) -> _Lists:
-    "CoOp, datasets/oxford_flowers.py: names by cat_to_name.json (torchvision knows the same ones, with a stray question mark), cut 50/20/30"
+    "CoOp, datasets/oxford_flowers.py: pictures and labels have numbers, from 1"
     labels = [int(l)-1 for l in place.matrix('imagelabels.mat', 'labels')]
-    names = dict(enumerate(n.rstrip('?') for n in getattr(torchvision.datasets.Flowers102, 'classes', ())))
-    if not names or place.file('cat_to_name.json', need=False):
-        file = place.file('cat_to_name.json')
-        try: names = {int(k)-1: str(v) for k, v in json.loads(file.read_bytes()).items()}
-        except (ValueError, AttributeError, OSError) as e: raise DataError(f'cannot read {file} ({e}); get it again: {COOP}') from e
-    return _Lists(_in_order(names, place.images), *_cut([(f'image_{i:05d}.jpg', l) for i, l in enumerate(labels, 1)], .5, .2), split=f'own 50/20/30 split, {_OURS}')
+    names = _in_order(_flower_names(place), place.images)
+    return _without_test(names, [(f'image_{i:05d}.jpg', l) for i, l in enumerate(labels, 1)])
 
 # %% ../nbs/04_data.ipynb #04-062
 def _with_test(classnames:list[str], rest:list[tuple], test:list[tuple]) -> _Lists:
     "An official test part; the rest is cut 80/20"
     val, train = _cut(rest, .2)
-    return _Lists(classnames, train, val, test, split=f'official test, own 80/20 split of the rest, {_OURS}')
+    split = f'official test, own 80/20 split of the rest, {_OURS}'
+    return _Lists(classnames, train, val, test, split)
 
 def _pets(place:_Place) -> _Lists:
-    "CoOp, datasets/oxford_pets.py: the file name without its number, in small letters; the label is in the list"
+    """CoOp, datasets/oxford_pets.py
+
+    The name is the file's without its number, in small letters; the label is in the list
+    """
     names = {}
     def read(line):
         file, label = line.split()[:2]
         names[int(label)-1] = file.rpartition('_')[0].lower()
         return f'{file}.jpg', int(label)-1
-    rest, test = (place.lines(f'annotations/{part}.txt', read) for part in ('trainval', 'test'))
+    rest = place.lines('annotations/trainval.txt', read)
+    test = place.lines('annotations/test.txt', read)
     return _with_test(_in_order(names, place.file('annotations/test.txt')), rest, test)
 
 # %% ../nbs/04_data.ipynb #04-064
 def _cars(place:_Place) -> _Lists:
     "CoOp, datasets/stanford_cars.py: the year, last in the official name, comes first"
-    names = [' '.join([*str(n).split()[-1:], *str(n).split()[:-1]]) for n in place.matrix('devkit/cars_meta.mat', 'class_names')]
+    def year_first(name):
+        words = str(name).split()
+        return ' '.join(words[-1:] + words[:-1])
     def read(file, folder):
         rows = place.matrix(file, 'annotations')
         try: return [(f"{folder}/{a['fname']}", int(a['class'])-1) for a in rows]
-        except (ValueError, TypeError, IndexError) as e: raise DataError(f"the annotations in {place.file(file)} have no 'fname' and 'class' ({e}); get the file again: {COOP}") from e
-    return _with_test(names, read('devkit/cars_train_annos.mat', 'cars_train'), read('cars_test_annos_withlabels.mat', 'cars_test'))
+        except (ValueError, TypeError, IndexError) as e:
+            raise DataError(f"the annotations in {place.file(file)} have no 'fname' and 'class' "
+                            f'({e}); get the file again: {COOP}') from e
+    names = [year_first(n) for n in place.matrix('devkit/cars_meta.mat', 'class_names')]
+    rest = read('devkit/cars_train_annos.mat', 'cars_train')
+    return _with_test(names, rest, read('cars_test_annos_withlabels.mat', 'cars_test'))
 
 # %% ../nbs/04_data.ipynb #04-066
 def _sun(place:_Place) -> _Lists:
-    "CoOp, datasets/sun397.py: /i/ice_skating_rink/indoor is called 'indoor ice skating rink'; partition 01"
-    folders = {line.strip('/'): label for label, line in enumerate(place.lines('ClassName.txt', str))}
-    def read(line): return line.strip('/'), folders[line.strip('/').rpartition('/')[0]]
-    return _with_test([_words(' '.join(f.split('/')[:0:-1])) for f in folders], *(place.lines(f'{part}_01.txt', read) for part in ('Training', 'Testing')))
+    """CoOp, datasets/sun397.py: partition 01
+
+    /i/ice_skating_rink/indoor is called 'indoor ice skating rink'
+    """
+    folders = [line.strip('/') for line in place.lines('ClassName.txt', str)]
+    label = {folder: l for l, folder in enumerate(folders)}
+    def called(folder):
+        letter, *words = folder.split('/')
+        return _words(' '.join(reversed(words)))
+    def read(line):
+        path = line.strip('/')
+        return path, label[path.rpartition('/')[0]]
+    rest, test = place.lines('Training_01.txt', read), place.lines('Testing_01.txt', read)
+    return _with_test([called(f) for f in folders], rest, test)
 
 def _ucf(place:_Place) -> _Lists:
-    "CoOp, datasets/ucf101.py: ApplyEyeMakeup lies in the folder Apply_Eye_Makeup, a middle frame for each film; split 1"
+    """CoOp, datasets/ucf101.py: split 1
+
+    ApplyEyeMakeup lies in the folder Apply_Eye_Makeup, a middle frame for each film
+    """
     def action(name): return '_'.join(re.findall('[A-Z][^A-Z]*', name))
-    index = dict(place.lines('ucfTrainTestlist/classInd.txt', lambda line: (line.split()[1], int(line.split()[0])-1)))
+    def numbered(line):
+        number, name = line.split()[:2]
+        return name, int(number)-1
+    label = dict(place.lines('ucfTrainTestlist/classInd.txt', numbered))
     def read(line):
         name, film = line.split()[0].split('/')
-        return f"{action(name)}/{film.removesuffix('.avi')}.jpg", index[name]
-    return _with_test(_in_order({l: action(n) for n, l in index.items()}, place.file('ucfTrainTestlist/classInd.txt')),
-                      *(place.lines(f'ucfTrainTestlist/{part}list01.txt', read) for part in ('train', 'test')))
+        return f"{action(name)}/{film.removesuffix('.avi')}.jpg", label[name]
+    names = {l: action(name) for name, l in label.items()}
+    classnames = _in_order(names, place.file('ucfTrainTestlist/classInd.txt'))
+    rest = place.lines('ucfTrainTestlist/trainlist01.txt', read)
+    return _with_test(classnames, rest, place.lines('ucfTrainTestlist/testlist01.txt', read))
 
 # %% ../nbs/04_data.ipynb #04-068
 def _aircraft(place:_Place) -> _Lists:
@@ -565,45 +789,74 @@ def _aircraft(place:_Place) -> _Lists:
     def read(line):
         number, _, name = line.partition(' ')
         return f'{number}.jpg', names.index(name)
-    return _Lists([*map(_words, names)], *(place.lines(f'images_variant_{part}.txt', read) for part in ('train', 'val', 'test')), split='official lists images_variant_*.txt')
+    train, val, test = (place.lines(f'images_variant_{part}.txt', read) for part in _PARTS)
+    return _Lists([_words(n) for n in names], train, val, test,
+                  split='official lists images_variant_*.txt')
 
 # %% ../nbs/04_data.ipynb #04-070
 def _imagenet_names(place:_Place) -> tuple[dict[str, str], str]: # wnid -> name; where from
-    "Names of ImageNet's folders (CoOp, datasets/imagenet.py); in their order they are the names of labels 0 to 999"
-    listed = place.file('classnames.txt', need=False) or place.root/'imagenet'/'classnames.txt'
-    if listed.is_file(): return dict(place.lines(str(listed), lambda line: re.fullmatch(r'(\S+)\s+(.+)', line).groups())), 'classnames.txt'
+    """Names of ImageNet's folders (CoOp, datasets/imagenet.py)
+
+    In their order they are the names of labels 0 to 999
+    """
+    file = place.file('classnames.txt', need=False) or place.root/'imagenet'/'classnames.txt'
+    if file.is_file():
+        def read(line): return re.fullmatch(r'(\S+)\s+(.+)', line).groups()
+        return dict(place.lines(str(file), read)), 'classnames.txt'
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
-    return dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES)), "open_clip, for want of classnames.txt"
+    names = dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES))
+    return names, 'open_clip, for want of classnames.txt'
 
 def _named(place:_Place, folders:list[str], names:dict[str, str]) -> list[str]:
-    if unknown := [f for f in folders if f not in names]: raise DataError(f"{place.images}: the folder '{unknown[0]}' is in no list of ImageNet's classes; remove it, or name it in classnames.txt")
+    "What the folders are called"
+    for f in folders:
+        if f in names: continue
+        raise DataError(f"{place.images}: the folder '{f}' is in no list of ImageNet's classes; "
+                        'remove it, or name it in classnames.txt')
     return [_words(names[f]) for f in folders]
 
+# %% ../nbs/04_data.ipynb #04-070c
 def _imagenet(place:_Place) -> _Lists:
-    "Images in train/WNID and val/WNID; without a train folder it can still be tested on. CoOp hands out the test pictures as val, too; here val stays empty"
+    "Images in train/WNID and val/WNID; without a train folder it can still be tested on"
     names, source = _imagenet_names(place)
-    folders = place.folders('val')
-    if (place.images/'train').is_dir() and (odd := set(folders) ^ set(place.folders('train'))): raise DataError(f"{place.images}: '{min(odd)}' is in only one of train and val; unpack both whole")
-    train = place.tree(folders, 'train') if (place.images/'train').is_dir() else []
-    return _Lists(_named(place, folders, names), train, [], place.tree(folders, 'val'), split=f'official, val as test; names from {source}')
+    folders, train = place.folders('val'), []
+    if (place.images/'train').is_dir():
+        odd = set(folders) ^ set(place.folders('train'))
+        if odd: raise DataError(f"{place.images}: '{min(odd)}' is in only one of train and val; "
+                                'unpack both whole')
+        train = place.tree(folders, 'train')
+    return _Lists(_named(place, folders, names), train, [], place.tree(folders, 'val'),
+                  split=f'official, val as test; names from {source}')
 
 def _imagenet_like(place:_Place) -> _Lists:
-    "Sketch, A, R: folders called by WNID, only tested on; labels by the sorted folders. V2: folders called by the label"
+    "Sketch, A, R: folders called by WNID, only tested on; labels by the sorted folders"
+    if place.name == 'imagenetv2': return _imagenet_v2(place)
     names, source = _imagenet_names(place)
-    if place.name != 'imagenetv2':
-        folders = place.folders()
-        return _Lists(_named(place, folders, names), [], [], place.tree(folders), split=f'all pictures are test; names from {source}')
-    if not all(f.isdecimal() for f in place.folders()): raise DataError(f'{place.images} has a folder that is no number; ImageNetV2 has the folders 0 to 999, so unpack it again')
+    folders = place.folders()
+    return _Lists(_named(place, folders, names), [], [], place.tree(folders),
+                  split=f'all pictures are test; names from {source}')
+
+def _imagenet_v2(place:_Place) -> _Lists:
+    "Folders called by the label, only tested on"
+    names, source = _imagenet_names(place)
+    if not all(f.isdecimal() for f in place.folders()):
+        raise DataError(f'{place.images} has a folder that is no number; ImageNetV2 has the '
+                        'folders 0 to 999, so unpack it again')
     folders = place.folders(key=int)
-    if int(folders[-1]) >= len(names): raise DataError(f'{place.images} has folders from {folders[0]} to {folders[-1]}, but there are {len(names)} class names ({source})')
-    return _Lists([*map(_words, names.values())], [], [], [(p, int(folders[l])) for p, l in place.tree(folders)], split=f'all pictures are test; names from {source}')
+    if int(folders[-1]) >= len(names):
+        raise DataError(f'{place.images} has folders from {folders[0]} to {folders[-1]}, '
+                        f'but there are {len(names)} class names ({source})')
+    test = [(path, int(folders[n])) for path, n in place.tree(folders)]
+    return _Lists([_words(n) for n in names.values()], [], [], test,
+                  split=f'all pictures are test; names from {source}')
 
 # %% ../nbs/04_data.ipynb #04-072
-_UNREADABLE = 'sketch/dog/n02103406_4068-1.png' # in PACS as distributed; Dassl leaves it out as well
+def _domain_lists(place:_Place, files:list[str], first:int) -> tuple[list, list]:
+    """Class names, and the pictures of each file
 
-def _domain_lists(place:_Place, files:list[str], first:int) -> list: # class names, then the pictures of each file
-    "Lines 'domain/class/picture.jpg 3', labels counted from `first`"
+    Lines are 'domain/class/picture.jpg 3', labels counted from `first`
+    """
     names = {}
     def read(line):
         path, label = line.rsplit(maxsplit=1)
@@ -611,47 +864,67 @@ def _domain_lists(place:_Place, files:list[str], first:int) -> list: # class nam
         if label < 0 or names.setdefault(label, name) != name: raise ValueError
         return path, label
     parts = [place.lines(f, read) for f in files]
-    return [_in_order(names, place.file(files[0])), *parts]
+    return _in_order(names, place.file(files[0])), parts
 
 # %% ../nbs/04_data.ipynb #04-074
+_UNREADABLE = 'sketch/dog/n02103406_4068-1.png' # in PACS as distributed; Dassl leaves it out, too
+
 def _pacs(place:_Place, domain:str) -> _Lists:
-    "Official lists if there are any (Dassl: pacs/splits), labels from 1; tested on all pictures of the domain"
+    "Official lists if there are any (Dassl: pacs/splits), labels from 1; tested on all pictures"
     files = [f'splits/{domain}_{part}_kfold.txt' for part in ('train', 'crossval')]
     if not any(place.file(f, need=False) for f in files):
         folders = place.folders(domain)
         val, train = _cut(place.tree(folders, domain), .1)
-        return _Lists([*map(_words, folders)], train, val, train+val, split=f'own 90/10 split, {_OURS}; tested on both')
-    names, train, val = _domain_lists(place, files, 1)
-    kept = [[i for i in part if i[0] != _UNREADABLE] for part in (train, val)]
-    left = f'; left out: {_UNREADABLE}, which cannot be read' if sum(map(len, kept)) < len(train+val) else ''
-    return _Lists(names, *kept, kept[0]+kept[1], split=f'official lists {domain}_*_kfold.txt, tested on both{left}')
+        return _Lists([_words(f) for f in folders], train, val, train+val,
+                      split=f'own 90/10 split, {_OURS}; tested on both')
+    names, listed = _domain_lists(place, files, 1)
+    train, val = ([pair for pair in part if pair[0] != _UNREADABLE] for part in listed)
+    split = f'official lists {domain}_*_kfold.txt, tested on both'
+    if len(train+val) < sum(len(part) for part in listed):
+        split += f'; left out: {_UNREADABLE}, which cannot be read'
+    return _Lists(names, train, val, train+val, split)
 
 # %% ../nbs/04_data.ipynb #04-076
 def _vlcs(place:_Place, domain:str) -> _Lists:
     "Folders train, crossval, test, and in them 0 to 4 (Dassl, vlcs.py)"
-    parts = []
-    for part in ('train', 'crossval', 'test'):
-        folders = place.folders(f'{domain.upper()}/{part}')
-        if odd := set(folders) - set('01234'): raise DataError(f"{place.images/domain.upper()/part}: '{min(odd)}' is none of the class folders 0 to 4; unpack the set again")
-        parts.append([(p, int(folders[l])) for p, l in place.tree(folders, f'{domain.upper()}/{part}')])
-    return _Lists(['bird', 'car', 'chair', 'dog', 'person'], *parts, split='official folders train, crossval, test')
+    def read(below):
+        folders = place.folders(below)
+        odd = set(folders) - set('01234')
+        if odd: raise DataError(f"{place.images/below}: '{min(odd)}' is none of the class folders "
+                                '0 to 4; unpack the set again')
+        return [(path, int(folders[n])) for path, n in place.tree(folders, below)]
+    train, val, test = (read(f'{domain.upper()}/{part}') for part in ('train', 'crossval', 'test'))
+    return _Lists(['bird', 'car', 'chair', 'dog', 'person'], train, val, test,
+                  split='official folders train, crossval, test')
 
 def _office_home(place:_Place, domain:str) -> _Lists:
-    "Folders train and val as Dassl distributes them; names in small letters; tested on all pictures of the domain"
+    """Folders train and val as Dassl distributes them; names in small letters
+
+    Tested on all pictures of the domain
+    """
     folders = place.folders(f'{domain}/train', str.lower)
-    if odd := set(folders) ^ set(place.folders(f'{domain}/val')): raise DataError(f"{place.images/domain}: '{min(odd)}' is in only one of train and val; unpack the set again")
+    odd = set(folders) ^ set(place.folders(f'{domain}/val'))
+    if odd: raise DataError(f"{place.images/domain}: '{min(odd)}' is in only one of train and val; "
+                            'unpack the set again')
     train, val = (place.tree(folders, f'{domain}/{part}') for part in ('train', 'val'))
-    return _Lists([_words(f.lower()) for f in folders], train, val, train+val, split="folders train and val by Dassl, tested on both")
+    return _Lists([_words(f.lower()) for f in folders], train, val, train+val,
+                  split='folders train and val by Dassl, tested on both')
 
 def _domainnet(place:_Place, domain:str) -> _Lists:
-    "Official lists, cleaned version, labels from 0 (Dassl: domainnet/splits). 't-shirt' has no training picture among the paintings"
-    names, train, test = _domain_lists(place, [f'splits/{domain}_{part}.txt' for part in ('train', 'test')], 0)
-    return _Lists(names, train, [], test, split=f'official lists {domain}_train.txt, {domain}_test.txt')
+    """Official lists, cleaned version, labels from 0 (Dassl: domainnet/splits)
+
+    't-shirt' has no training picture among the paintings
+    """
+    files = [f'splits/{domain}_{part}.txt' for part in ('train', 'test')]
+    names, (train, test) = _domain_lists(place, files, 0)
+    return _Lists(names, train, [], test,
+                  split=f'official lists {domain}_train.txt, {domain}_test.txt')
 
 # %% ../nbs/04_data.ipynb #04-077
 def _lists(place:_Place, domain:str|None) -> _Lists:
     "The published split if it is there, else what the set's own files give"
-    if place.known.split and (file := place.file(place.known.split, need=False)): return _published(file)
+    published = place.file(place.known.split, need=False) if place.known.split else None
+    if published: return _published(published)
     match place.name:
         case 'caltech101' | 'dtd' | 'eurosat' | 'food101': return _thirds(place)
         case 'oxford_flowers': return _flowers(place)
@@ -668,92 +941,172 @@ def _lists(place:_Place, domain:str|None) -> _Lists:
     return _imagenet_like(place)
 
 # %% ../nbs/04_data.ipynb #04-079
+def _images(known:PublicSet, root:Path) -> Path|None:
+    "The folder of the images, if it is there"
+    folders = [root/known.folder/known.images]
+    if known.fetched: folders.append(root/known.fetched)
+    return next((f for f in folders if f.is_dir()), None)
+
+def _fetch(name:str, root:Path):
+    "Let torchvision download a set"
+    known = PUBLIC[name]
+    by_hand = f'get it as described in {known.get} and put it into {root/known.folder}'
+    if not known.torchvision: raise DataNotFound(f'torchvision cannot fetch {name}; {by_hand}')
+    root.mkdir(parents=True, exist_ok=True)
+    try: getattr(torchvision.datasets, known.torchvision)(root=str(root), download=True)
+    except Exception as e: # no network, a dead link, a file that is not what it was
+        why = f'{type(e).__name__}: {_said(e, 120)}'
+        raise DataNotFound(f'torchvision could not fetch {name} ({why}); {by_hand}') from e
+
 def _find_set(name:str, root:str|Path|None, download:bool) -> _Place:
     "Where the set lies; with `download`, fetch it first if it lies nowhere"
-    p, root = PUBLIC[name], root or os.environ.get('CLIPPROMPT_DATA')
-    what = f"'{p.folder}'{f' with {p.images} in it' if p.images else ''}"
-    fetch = f"; in Python, load_dataset('{name}', root=..., download=True) fetches it through torchvision" if p.torchvision else f'; get it as described in {p.get}'
-    if not root: raise DataNotFound(f"where is {name}? give root= (--root), the folder that holds {what}, or set CLIPPROMPT_DATA{fetch}")
+    known, root = PUBLIC[name], root or os.environ.get('CLIPPROMPT_DATA')
+    what = f"'{known.folder}' with {known.images} in it" if known.images else f"'{known.folder}'"
+    fetch = f'; get it as described in {known.get}'
+    if known.torchvision: fetch = (f"; in Python, load_dataset('{name}', root=..., download=True) "
+                                   'fetches it through torchvision')
+    if not root:
+        raise DataNotFound(f'where is {name}? give root= (--root), the folder that holds {what}, '
+                           f'or set CLIPPROMPT_DATA{fetch}')
     root = Path(root).expanduser().absolute()
-    def images(): return next((f for f in (root/p.folder/p.images, *([root/p.fetched] if p.fetched else [])) if f.is_dir()), None)
-    if download and not images():
-        if not p.torchvision: raise DataNotFound(f'torchvision cannot fetch {name}; get it as described in {p.get} and put it into {root/p.folder}')
-        root.mkdir(parents=True, exist_ok=True)
-        try: getattr(torchvision.datasets, p.torchvision)(root=str(root), download=True)
-        except Exception as e: # no network, a dead link, a file that is not what it was
-            raise DataNotFound(f"torchvision could not fetch {name} ({type(e).__name__}: {' '.join(str(e).split())[:120]}); get it as described in {p.get} and put it into {root/p.folder}") from e
-    if found := images(): return _Place(name, p, root, found)
-    if root.name == p.folder: fetch = f'; did you mean root={root.parent}?'
-    raise DataNotFound(f'no folder {root/p.folder/p.images}; root= (--root) is the folder that holds {what}{fetch}')
+    if download and not _images(known, root): _fetch(name, root)
+    images = _images(known, root)
+    if images: return _Place(name, known, root, images)
+    if root.name == known.folder: fetch = f'; did you mean root={root.parent}?'
+    raise DataNotFound(f'no folder {root/known.folder/known.images}; '
+                       f'root= (--root) is the folder that holds {what}{fetch}')
 
 # %% ../nbs/04_data.ipynb #04-080
-def _public(name:str, task:str|None, root:str|Path|None, skip_broken:bool, download:bool) -> DataSet:
+def _check_task(name:str, task:str|None):
+    "A set of several domains needs one of them as its task, others have none"
+    domains = PUBLIC[name].domains
+    if domains and not task:
+        raise DataError(f"'{name}' has several domains: give task=, one of {', '.join(domains)} "
+                        f'(in a shell {name}/{domains[0]}); with '
+                        "sources='rest' (--sources) you train on the others")
+    if task and not domains:
+        raise DataError(f"'{name}' has no tasks, but task='{task}' was given; leave it out")
+    if task and task not in domains: raise _unknown(f'task of {name}', task, domains)
+
+def _on_disk(place:_Place, lists:_Lists) -> dict[str, list[Item]]: # part -> its pictures
+    "The listed pictures as items. Raises DataError if one lies elsewhere or is missing"
+    items = {part: [] for part in _PARTS}
+    for part in _PARTS:
+        for path, label in getattr(lists, part):
+            if path[0] == '/' or '..' in path.split('/'):
+                raise DataError(f'{place.name}: its list names {path[:80]!r}, which does not stay '
+                                f'below {place.images}; get the lists again: {place.known.get}')
+            items[part].append(Item(os.path.join(place.images, path), label))
+    listed = [i.path for part in _PARTS for i in items[part]]
+    if not listed:
+        raise DataNotFound(f'no images in {place.images}; unpack the archive of {place.name} there')
+    gone = _missing(listed)
+    if gone:
+        first = _below(gone[0], place.images)[:200]
+        raise DataNotFound(f'{len(gone)} of {len(listed)} pictures of {place.name} are missing in '
+                           f'{place.images}, the first is {first!r} ({lists.split}); '
+                           'unpack the archive again')
+    return items
+
+# %% ../nbs/04_data.ipynb #04-080b
+def _check_counts(data:DataSet, known:PublicSet):
+    "Warn of more or fewer classes or pictures than were published"
+    found = {'classes': len(data.classnames), 'training pictures': len(data.train),
+             'validation pictures': len(data.val), 'test pictures': len(data.test)}
+    expected = dict(zip(found, (known.classes, *known.counts)))
+    if known.in_domain:
+        n = known.in_domain[known.domains.index(data.task)]
+        if 'left out' in data.split and len(data.test) == n-1: n -= 1
+        expected['test pictures'] = n
+    odd = [f'{found[what]} {what} instead of {n}' for what, n in expected.items()
+           if n not in (None, found[what])]
+    if not odd: return
+    name = f'{data.name}/{data.task}' if data.task else data.name
+    _warn(f"{name} differs from the published one: {', '.join(odd)}; "
+          'unpack the archive again unless you meant it')
+
+def _public(name:str, task:str|None, root, skip_broken:bool, download:bool) -> DataSet:
     "A public set, or one domain of it"
-    p = PUBLIC[name]
-    if p.domains and not task: raise DataError(f"'{name}' has several domains: give task=, one of {', '.join(p.domains)} (in a shell {name}/{p.domains[0]}); with sources='rest' (--sources) you train on the others")
-    if task and not p.domains: raise DataError(f"'{name}' has no tasks, but task='{task}' was given; leave it out")
-    if task and task not in p.domains: raise _unknown(f'task of {name}', task, p.domains)
+    _check_task(name, task)
     place = _find_set(name, root, download)
     lists = _lists(place, task)
-    if out := next((path for part in (lists.train, lists.val, lists.test) for path, _ in part if path[0] == '/' or '..' in path.split('/')), None):
-        raise DataError(f'{name}: its list names {out[:80]!r}, which does not stay below {place.images}; get the lists again: {p.get}')
-    parts = {part: [(os.path.join(place.images, path), label) for path, label in getattr(lists, part)] for part in ('train', 'val', 'test')}
-    if gone := _missing(listed := [path for pairs in parts.values() for path, _ in pairs]):
-        raise DataNotFound(f"{len(gone)} of {len(listed)} pictures of {name} are missing in {place.images}, the first is {_below(gone[0], place.images)[:200]!r} ({lists.split}); unpack the archive again")
-    if not listed: raise DataNotFound(f'no images in {place.images}; unpack the archive of {name} there')
-    items = {part: [Item(*pair) for pair in pairs] for part, pairs in parts.items()}
-    if skip_broken: items = {part: _readable(mine, place.images, True) for part, mine in items.items()}
-    data = DataSet(name, lists.classnames, **items, template=p.template, source=_Files(str(place.images)), task=task or '', split=lists.split)
-    expected = dict(zip(('classes', 'training', 'validation', 'test'), (p.classes, *p.counts)))
-    if p.in_domain: expected['test'] = (n := p.in_domain[p.domains.index(task)]) - ('left out' in lists.split and len(data.test) == n-1)
-    found = dict(zip(expected, map(len, (data.classnames, data.train, data.val, data.test))))
-    if odd := [f'{found[k]} {k}{" pictures" if k != "classes" else ""} instead of {n}' for k, n in expected.items() if n is not None and n != found[k]]:
-        _warn(f"{data.name}{'/'+task if task else ''} differs from the published one: {', '.join(odd)}; unpack the archive again unless you meant it")
+    items = _on_disk(place, lists)
+    if skip_broken: items = {p: _readable(mine, place.images, True) for p, mine in items.items()}
+    data = DataSet(name, lists.classnames, **items, template=place.known.template, task=task or '',
+                   source=_Files(str(place.images)), split=lists.split)
+    _check_counts(data, place.known)
     return data
 
 # %% ../nbs/04_data.ipynb #04-082
 def _subfolders(folder:Path) -> list[str]:
-    return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith('.')) if folder.is_dir() else []
+    if not folder.is_dir(): return []
+    return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith('.'))
 
 def _listed(folder:Path, classes:list[str]) -> list[Item]:
     "All images below the class folders, in order of class and file name"
-    found = make_dataset(str(folder), {c: i for i, c in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True)
-    return [Item(path, label) for path, label in found if not Path(path).name.startswith('.')]
+    label = {c: i for i, c in enumerate(classes)}
+    found = make_dataset(str(folder), label, IMG_EXTENSIONS, allow_empty=True)
+    return [Item(path, l) for path, l in found if not Path(path).name.startswith('.')]
 
 # %% ../nbs/04_data.ipynb #04-084
 def _rows(file:Path, delimiter:str=',') -> list[tuple[int, list[str]]]: # (line number, cells)
     "The lines of a table that hold something, cells stripped"
+    rows = []
     try:
         with file.open(encoding='utf-8-sig', newline='') as f:
             reader = csv.reader(f, delimiter=delimiter, strict=True)
-            return [(reader.line_num, [c.strip() for c in row]) for row in reader if any(c.strip() for c in row)]
-    except (csv.Error, ValueError, OSError) as e: raise DataError(f"cannot read {file} ({' '.join(str(e).split())[:120]}); save it as UTF-8 text, one picture a line") from e
+            for row in reader:
+                cells = [c.strip() for c in row]
+                if any(cells): rows.append((reader.line_num, cells))
+    except (csv.Error, ValueError, OSError) as e:
+        raise DataError(f'cannot read {file} ({_said(e, 120)}); '
+                        'save it as UTF-8 text, one picture a line') from e
+    return rows
 
 # %% ../nbs/04_data.ipynb #04-086
-def _translation(folder:Path, classes:list[str]) -> dict[str, str]:
-    "What classnames.csv or classnames.json beside the data calls the classes"
-    files = [f for f in (folder/'classnames.csv', folder/'classnames.json') if f.is_file()]
-    if not files: return {}
-    if len(files) > 1: raise DataError(f'{folder} has classnames.csv and classnames.json; keep one')
-    if files[0].suffix == '.csv':
-        rows = _rows(files[0])
-        if odd := [(n, r) for n, r in rows if len(r) != 2]: raise DataError(f"{files[0]}, line {odd[0][0]}: {len(odd[0][1])} cells instead of two, the folder and its name; put quotes around a name with a comma")
-        words = dict(r for _, r in rows)
-    else:
-        try: words = json.loads(files[0].read_bytes())
-        except (ValueError, RecursionError, OSError) as e: raise DataError(f"cannot read {files[0]} ({' '.join(str(e).split())[:80]}); it should look like {{\"folder\": \"name\"}}") from e
-        if not isinstance(words, dict) or not all(isinstance(w, str) for w in words.values()): raise DataError(f'{files[0]} should look like {{"folder": "name", ...}}, one name for each folder')
-    if not set(words) & set(classes): raise DataError(f"{files[0]} names none of the classes, the first of which is '{classes[0]}'; it needs a line for each folder, as the folder is called")
+def _names_csv(file:Path) -> dict[str, str]:
+    rows = _rows(file)
+    for line, cells in rows:
+        if len(cells) == 2: continue
+        raise DataError(f'{file}, line {line}: {len(cells)} cells instead of two, the folder and '
+                        'its name; put quotes around a name with a comma')
+    return dict(cells for _, cells in rows)
+
+def _names_json(file:Path) -> dict[str, str]:
+    try: words = json.loads(file.read_bytes())
+    except (ValueError, RecursionError, OSError) as e:
+        raise DataError(f'cannot read {file} ({_said(e, 80)}); '
+                        'it should look like {"folder": "name"}') from e
+    if not isinstance(words, dict) or not all(isinstance(w, str) for w in words.values()):
+        raise DataError(f'{file} should look like {{"folder": "name", ...}}, '
+                        'one name for each folder')
     return words
 
+def _translation(folder:Path, classes:list[str]) -> dict[str, str]:
+    "What classnames.csv or classnames.json beside the data calls the classes"
+    readers = {folder/'classnames.csv': _names_csv, folder/'classnames.json': _names_json}
+    files = [f for f in readers if f.is_file()]
+    if not files: return {}
+    if len(files) > 1: raise DataError(f'{folder} has classnames.csv and classnames.json; keep one')
+    words = readers[files[0]](files[0])
+    if not set(words) & set(classes):
+        raise DataError(f'{files[0]} names none of the classes, the first of which is '
+                        f"'{classes[0]}'; it needs a line for each folder, as the folder is called")
+    return words
+
+# %% ../nbs/04_data.ipynb #04-086c
 def _cleaned(where, classes:list[str], words:dict[str, str]={}) -> list[str]:
-    "Class names from folder names or labels; they must say something, and not the same thing twice"
+    "Class names from folder names or labels. Raises DataError if one is empty or two are equal"
     names = [_words(words.get(c, c)) for c in classes]
+    count = Counter(names)
     for c, name in zip(classes, names):
-        if not name: raise DataError(f"'{c}' in {where} gives an empty class name; rename it to a word that CLIP can read")
-        if names.count(name) > 1:
+        if not name:
+            raise DataError(f"'{c}' in {where} gives an empty class name; "
+                            'rename it to a word that CLIP can read')
+        if count[name] > 1:
             twins = ' and '.join(f"'{d}'" for d, other in zip(classes, names) if other == name)
-            raise DataError(f"{twins} in {where} give the same class name '{name}'; rename or merge them")
+            raise DataError(f"{twins} in {where} give the same class name '{name}'; "
+                            'rename or merge them')
     return names
 
 # %% ../nbs/04_data.ipynb #04-088
@@ -767,128 +1120,245 @@ def _broken(path:str) -> str:
             image.draft('RGB', (64, 64))
             image.load()
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        return f'more than {Image.MAX_IMAGE_PIXELS/1e6:.0f} million pixels: shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS'
-    except Exception as e: return str(e) if type(e) is ValueError and 'save it' in str(e) else 'damaged or no image' # PIL raises many kinds
+        most = f'{Image.MAX_IMAGE_PIXELS/1e6:.0f}'
+        return f'more than {most} million pixels: shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS'
+    except Exception as e: # PIL raises many kinds
+        ours = type(e) is ValueError and 'save it' in str(e)
+        return str(e) if ours else 'damaged or no image'
     return ''
 
 def _readable(items:list[Item], folder:Path, skip_broken:bool) -> list[Item]:
-    bad = {i.path: why for i in items if (why := _broken(i.path))}
+    "Those that can be read. Of the others it warns, or raises DataError unless `skip_broken`"
+    why = {i.path: _broken(i.path) for i in items}
+    bad = sorted(path for path in why if why[path])
     if not bad: return items
-    names, reasons = [_below(p, folder) for p in sorted(bad)], sorted(set(bad.values()))
-    what = f"{len(bad)} of {len(items)} images in {folder} cannot be read ({', '.join(reasons)}): {', '.join(names[:10])}{f' and {len(names)-10} more' if names[10:] else ''}"
-    if not skip_broken: raise DataError(f'{what}; repair or remove them, or load with skip_broken=True (--skip-broken)')
+    names, reasons = [_below(path, folder) for path in bad], sorted({why[path] for path in bad})
+    more = f' and {len(names)-10} more' if len(names) > 10 else ''
+    what = (f'{len(bad)} of {len(items)} images in {folder} cannot be read '
+            f"({', '.join(reasons)}): {', '.join(names[:10])}{more}")
+    if not skip_broken:
+        raise DataError(f'{what}; repair or remove them, '
+                        'or load with skip_broken=True (--skip-broken)')
     _warn(f'{what}; left out')
-    return [i for i in items if i.path not in bad]
+    return [i for i in items if not why[i.path]]
 
 # %% ../nbs/04_data.ipynb #04-089
-def _last_third(items:list[Item], classnames:list[str], where) -> tuple[list[Item], list[Item]]: # train, test
+def _last_third(items:list[Item], classnames:list[str], where) -> tuple[list, list]: # train, test
     "Per class, the last third of the file names becomes the test part, at least one"
+    by_label = defaultdict(list)
+    for item in items: by_label[item.label].append(item)
     train, test = [], []
     for label, name in enumerate(classnames):
-        mine = [i for i in items if i.label == label]
-        if len(mine) == 1: raise DataError(f"class '{name}' of {where} has one picture; it needs two, one to train on and one to test on")
+        mine = by_label[label]
+        if len(mine) == 1:
+            raise DataError(f"class '{name}' of {where} has one picture; "
+                            'it needs two, one to train on and one to test on')
         n = len(mine) - max(1, len(mine)//3)
-        train += mine[:n]; test += mine[n:]
+        train += mine[:n]
+        test += mine[n:]
     return train, test
 
 def _part(folder:Path, train_dir:Path, classes:list[str]) -> list[Item]:
     "The test or validation pictures of a folder that comes with its own split"
-    if extra := set(_subfolders(folder)) - set(classes):
-        raise DataError(f"{folder} has classes that {train_dir} lacks: {', '.join(sorted(extra))}; train and {folder.name} need the same class folders")
-    if items := _listed(folder, classes): return items
-    raise DataNotFound(f'the {folder.name} part {folder} has no images; add some, or remove it and a third of the training pictures will be held back')
+    extra = set(_subfolders(folder)) - set(classes)
+    if extra:
+        raise DataError(f"{folder} has classes that {train_dir} lacks: {', '.join(sorted(extra))}; "
+                        f'train and {folder.name} need the same class folders')
+    items = _listed(folder, classes)
+    if items: return items
+    raise DataNotFound(f'the {folder.name} part {folder} has no images; add some, or remove it '
+                       'and a third of the training pictures will be held back')
+
+def _part_dirs(folder:Path) -> tuple[Path, Path|None, Path|None]: # to train, test and validate on
+    "Class folders inside `train` make it the training part, not a class called so"
+    if not _subfolders(folder/'train'): return folder, None, None
+    others = [folder/part for part in ('test', 'val') if (folder/part).is_dir()]
+    test_dir = others[0] if others else None
+    return folder/'train', test_dir, others[1] if len(others) == 2 else None
 
 # %% ../nbs/04_data.ipynb #04-090
+def _to_train_on(folder:Path, classes:list[str], classnames:list[str],
+    top:Path, # names in messages start here
+    skip_broken:bool,
+) -> list[Item]:
+    "Pictures of two classes at least, each of which has one that can be read"
+    items = _listed(folder, classes) if classes else []
+    if not items:
+        raise DataNotFound(f'no images in class folders under {folder}; '
+                           f"put them in {folder/'CLASS'}, endings {' '.join(IMG_EXTENSIONS)}")
+    if len(classes) < 2:
+        raise DataError(f"{folder} has one class, '{classnames[0]}'; "
+                        'a classifier needs at least two class folders')
+    items = _readable(items, top, skip_broken)
+    there = {i.label for i in items}
+    for label, c in enumerate(classes):
+        if label in there: continue
+        raise DataError(f"class '{classnames[label]}' has no readable images in {folder/c}; "
+                        'add some or remove the folder')
+    return items
+
 def _from_folder(folder:Path, skip_broken:bool) -> DataSet:
     "`folder/class/*.png`, or `folder/train/class/*.png` beside `folder/test/class/*.png`"
-    train_dir, test_dir, val_dir = folder, None, None
-    if _subfolders(folder/'train'): # class folders inside: it is the training part, not a class called "train"
-        train_dir, found = folder/'train', [folder/t for t in ('test', 'val') if (folder/t).is_dir()]
-        test_dir, val_dir = (*found, None, None)[:2]
-    classes = _subfolders(train_dir)
-    words = _translation(folder, classes) or (_translation(train_dir, classes) if train_dir != folder else {}) if classes else {}
-    classnames, items = _cleaned(train_dir, classes, words), _listed(train_dir, classes) if classes else []
-    if not items: raise DataNotFound(f"no images in class folders under {train_dir}; put them in {train_dir/'CLASS'}, endings {' '.join(IMG_EXTENSIONS)}")
-    if len(classes) < 2: raise DataError(f"{train_dir} has one class, '{classnames[0]}'; a classifier needs at least two class folders")
-    train = _readable(items, folder, skip_broken)
-    there = {i.label for i in train}
-    for label, c in enumerate(classes):
-        if label not in there: raise DataError(f"class '{classnames[label]}' has no readable images in {train_dir/c}; add some or remove the folder")
-    if test_dir: test, split = _readable(_part(test_dir, train_dir, classes), folder, skip_broken), f'folders train and {test_dir.name}'
-    else: (train, test), split = _last_third(train, classnames, train_dir), 'last third of each class held back'
-    if not test: raise DataError(f'no image of the test part {test_dir} can be read; repair them, or remove it and a third of the training pictures will be held back')
-    val = _readable(_part(val_dir, train_dir, classes), folder, skip_broken) if val_dir and _subfolders(val_dir) else []
-    return DataSet(folder.name, classnames, train, test, source=_Files(str(folder)), val=val, split=split)
+    train_dir, test_dir, val_dir = _part_dirs(folder)
+    classes, words = _subfolders(train_dir), {}
+    if classes: words = _translation(folder, classes) or _translation(train_dir, classes)
+    classnames = _cleaned(train_dir, classes, words)
+    train = _to_train_on(train_dir, classes, classnames, folder, skip_broken)
+    def part(where): return _readable(_part(where, train_dir, classes), folder, skip_broken)
+    if test_dir: test, split = part(test_dir), f'folders train and {test_dir.name}'
+    else:
+        train, test = _last_third(train, classnames, train_dir)
+        split = 'last third of each class held back'
+    if not test:
+        raise DataError(f'no image of the test part {test_dir} can be read; repair them, '
+                        'or remove it and a third of the training pictures will be held back')
+    val = part(val_dir) if val_dir and _subfolders(val_dir) else []
+    return DataSet(folder.name, classnames, train, test, source=_Files(str(folder)), val=val,
+                   split=split)
 
 # %% ../nbs/04_data.ipynb #04-092
 def _is_table(file:Path) -> bool: return file.suffix.lower() in ('.csv', '.tsv')
 
+def _separator(file:Path) -> str: return '\t' if file.suffix.lower() == '.tsv' else ','
+
 def _columns(file:Path) -> list[str]:
     "What the first line says, in small letters"
-    try: first = next(iter(file.read_text(encoding='utf-8-sig').splitlines()), '')
+    try: lines = file.read_text(encoding='utf-8-sig').splitlines()
     except (OSError, ValueError): return []
-    return [c.strip().strip('"').lower() for c in first.split('\t' if file.suffix.lower() == '.tsv' else ',')]
+    first = lines[0] if lines else ''
+    return [c.strip().strip('"').lower() for c in first.split(_separator(file))]
 
 def _table_in(folder:Path) -> Path|None:
     "The table that describes this folder, if there is one"
-    found = [f for f in sorted(folder.iterdir()) if _is_table(f) and f.is_file() and {'path', 'label'} <= set(_columns(f))]
-    if len(found) > 1: raise DataError(f"{folder} has several tables of pictures: {', '.join(f.name for f in found)}; give the path of one of them")
+    tables = [f for f in sorted(folder.iterdir()) if _is_table(f) and f.is_file()]
+    found = [f for f in tables if {'path', 'label'} <= set(_columns(f))]
+    if len(found) > 1:
+        names = ', '.join(f.name for f in found)
+        raise DataError(f'{folder} has several tables of pictures: {names}; '
+                        'give the path of one of them')
     return found[0] if found else None
 
 # %% ../nbs/04_data.ipynb #04-094
-def _read_table(file:Path) -> list[dict]:
-    "Rows with path (as it can be opened), label, domain, split and line; every cell looked at"
-    rows = _rows(file, '\t' if file.suffix.lower() == '.tsv' else ',')
-    if len(rows) < 2: raise DataError(f"{file} lists no pictures; the first line is path,label (and domain, split if you like), then one line for each picture")
-    columns, seen, table = [c.lower() for c in rows[0][1]], {}, []
+_FIRST = 'path,label (and domain, split if you like)'
+
+def _header(file:Path, cells:list[str]) -> list[str]: # in small letters
+    "The names of the columns, checked"
+    columns = [c.lower() for c in cells]
+    given = ', '.join(columns)[:120]
     for c in ('path', 'label'):
-        if c not in columns: raise DataError(f"{file} has no column '{c}' but {', '.join(columns)[:120]}; its first line should be path,label (and domain, split if you like){', with commas between' if ';' in rows[0][1][0] else ''}")
-    if len(set(columns)) < len(columns): raise DataError(f"{file} has two columns of the same name among {', '.join(columns)[:120]}; rename one")
+        if c in columns: continue
+        commas = ', with commas between' if ';' in cells[0] else ''
+        raise DataError(f"{file} has no column '{c}' but {given}; its first line should be "
+                        f'{_FIRST}{commas}')
+    if len(set(columns)) < len(columns):
+        raise DataError(f'{file} has two columns of the same name among {given}; rename one')
+    return columns
+
+def _row(columns:list[str], cells:list[str], here:str) -> dict[str, str]:
+    "One line of a table, each cell checked"
+    if len(cells) != len(columns):
+        raise DataError(f'{here}: {len(cells)} cells under {len(columns)} column names; '
+                        'put quotes around a cell that holds the separator')
+    row = dict(zip(columns, cells))
+    for c in ('path', 'label', 'domain', 'split'):
+        if row.get(c) == '': raise DataError(f'{here}: no {c}; fill it in or remove the line')
+    path = row['path']
+    if '..' in re.split(r'[/\\]', path) or '\0' in path:
+        raise DataError(f'{here}: the path {path[:80]!r} leaves the folder of the table; '
+                        'move the picture, or give an absolute path')
+    return row
+
+# %% ../nbs/04_data.ipynb #04-094b
+def _read_table(file:Path) -> list[dict]:
+    "Rows with path (as it can be opened), label, domain, split and line"
+    rows = _rows(file, _separator(file))
+    if len(rows) < 2:
+        raise DataError(f'{file} lists no pictures; the first line is {_FIRST}, '
+                        'then one line for each picture')
+    columns, seen, table = _header(file, rows[0][1]), {}, []
     for line, cells in rows[1:]:
         here = f'{file}, line {line}'
-        if len(cells) != len(columns): raise DataError(f'{here}: {len(cells)} cells under {len(columns)} column names; put quotes around a cell that holds the separator')
-        row = dict(zip(columns, cells)) | dict(line=line)
-        for c in {'path', 'label', 'domain', 'split'} & set(columns):
-            if not row[c]: raise DataError(f"{here}: no {c}; fill it in or remove the line")
-        if '..' in re.split(r'[/\\]', row['path']) or '\0' in row['path']: raise DataError(f"{here}: the path {row['path'][:80]!r} leaves the folder of the table; move the picture, or give an absolute path")
-        path = os.path.normpath(file.parent/row['path'])
-        if path in seen: raise DataError(f"{here}: {row['path'][:80]} was listed before, in line {seen[path]}; remove one")
-        if row.setdefault('split', '').lower() not in ('', 'train', 'val', 'test'): raise DataError(f"{here}: split '{row['split'][:40]}'; it must be train, val or test")
+        row = _row(columns, cells, here)
+        path, split = os.path.normpath(file.parent/row['path']), row.get('split', '')
+        if path in seen:
+            raise DataError(f"{here}: {row['path'][:80]} was listed before, in line {seen[path]}; "
+                            'remove one')
+        if split.lower() not in ('', *_PARTS):
+            raise DataError(f"{here}: split '{split[:40]}'; it must be train, val or test")
         seen[path] = line
-        table.append(row | dict(path=path, split=row['split'].lower(), domain=row.get('domain', '')))
-    if gone := _missing([r['path'] for r in table]):
-        raise DataNotFound(f"{file} lists {len(gone)} pictures that are not there, the first in line {seen[gone[0]]}: {gone[0][:200]}; paths start at {file.parent}")
+        row |= dict(path=path, split=split.lower(), domain=row.get('domain', ''), line=line)
+        table.append(row)
+    gone = _missing(list(seen))
+    if gone:
+        raise DataNotFound(f'{file} lists {len(gone)} pictures that are not there, the first '
+                           f'in line {seen[gone[0]]}: {gone[0][:200]}; '
+                           f'paths start at {file.parent}')
     return table
 
 # %% ../nbs/04_data.ipynb #04-095
+def _sources(file:Path, domains:list[str], task:str|None, sources) -> list[str]:
+    "The domains of a table to train on"
+    if domains == ['']:
+        given = 'task' if task else 'sources'
+        raise DataError(f"{file} has no column 'domain', so it has no task or sources; "
+                        f'leave {given} out')
+    if not task:
+        raise DataError(f"sources need a task to test on, one of {', '.join(domains)[:200]}")
+    if task not in domains: raise _unknown('domain', task, domains)
+    return [task] if sources is None else _chosen(sources, task, domains)
+
+def _split_rows(file:Path, items:list[Item],
+    split_of:dict[str, str], # path -> train, val, test or ''
+    task:str|None, sources:list[str]|None, classnames:list[str],
+) -> tuple[list, list, list, str]: # train, val and test, and a line about the split
+    "A table's pictures in three parts"
+    def pick(items, *splits): return [i for i in items if split_of[i.path] in splits]
+    column = f'column split of {file.name}' if any(split_of.values()) else ''
+    if sources is not None: # what is tested on was never trained on: nothing is held back
+        others = [i for i in items if i.domain != task]
+        mine = [i for i in items if i.domain == task]
+        split = f"tested on {task}, trained on {', '.join(sources)}"
+        if column: split += f'; {column}'
+        return pick(others, 'train', ''), pick(others, 'val'), pick(mine, 'test', ''), split
+    if column: return pick(items, 'train'), pick(items, 'val'), pick(items, 'test'), column
+    train, test = _last_third(items, classnames, file)
+    return train, [], test, 'last third of each class held back'
+
+# %% ../nbs/04_data.ipynb #04-095b
 def _from_table(file:Path, task:str|None, sources, skip_broken:bool) -> DataSet:
     "A CSV or TSV file of path, label and perhaps domain and split"
     table = _read_table(file)
-    classes, domains, parted = sorted({r['label'] for r in table}), sorted({r['domain'] for r in table}), bool(table[0]['split'])
+    classes = sorted({r['label'] for r in table})
     classnames = _cleaned(file, classes, _translation(file.parent, classes))
-    if len(classes) < 2: raise DataError(f"{file} has one class, '{classnames[0]}'; a classifier needs at least two")
+    if len(classes) < 2:
+        raise DataError(f"{file} has one class, '{classnames[0]}'; a classifier needs at least two")
+    chosen = None
     if task or sources is not None:
-        if domains == ['']: raise DataError(f"{file} has no column 'domain', so it has no task or sources; leave {'task' if task else 'sources'} out")
-        if not task: raise DataError(f"sources need a task to test on, one of {', '.join(domains)[:200]}")
-        if task not in domains: raise _unknown('domain', task, domains)
-        chosen = [task] if sources is None else _chosen(sources, task, domains)
-        table = [r for r in table if r['domain'] in [task, *chosen]]
-    if not parted: table.sort(key=lambda r: r['path'])
+        chosen = _sources(file, sorted({r['domain'] for r in table}), task, sources)
+        table = [r for r in table if r['domain'] in (task, *chosen)]
+    split_of = {r['path']: r['split'] for r in table}
+    if not any(split_of.values()): table.sort(key=lambda r: r['path'])
     label = {c: i for i, c in enumerate(classes)}
-    def items(keep): return [Item(r['path'], label[r['label']], r['domain']) for r in table if keep(r)]
-    readable = {i.path for i in _readable(items(lambda r: True), file.parent, skip_broken)}
-    table = [r for r in table if r['path'] in readable]
-    if sources is not None: # what is tested on was never trained on, so nothing needs to be held back
-        split = f'tested on {task}, trained on {", ".join(chosen)}' + (f'; column split of {file.name}' if parted else '')
-        train, val, test = (items(lambda r: r['domain'] != task and r['split'] in ('train', '')), items(lambda r: r['domain'] != task and r['split'] == 'val'),
-                            items(lambda r: r['domain'] == task and r['split'] in ('test', '')))
-    elif parted: train, val, test, split = *(items(lambda r: r['split'] == part) for part in ('train', 'val', 'test')), f'column split of {file.name}'
-    else: (train, test), val, split = _last_third(items(lambda r: True), classnames, file), [], 'last third of each class held back'
+    items = [Item(r['path'], label[r['label']], r['domain']) for r in table]
+    items = _readable(items, file.parent, skip_broken)
+    joined = sources is not None
+    parts = _split_rows(file, items, split_of, task, chosen if joined else None, classnames)
+    train, val, test, split = parts
+    _check_parts(file, train, test, classnames, task, joined)
+    return DataSet(file.stem, classnames, train, test, source=_Files(str(file.parent)),
+                   task=task or '', by_domain=joined, val=val, split=split)
+
+def _check_parts(file:Path, train:list, test:list, classnames:list, task:str|None, joined:bool):
+    "Raises DataError if a class cannot be trained, or nothing can be tested"
+    of_task = f' of domain {task}' if task else ''
     there = {i.label for i in train}
     for i, name in enumerate(classnames):
-        if i not in there: raise DataError(f"class '{name}' of {file} has no training picture{' in the domains to train on' if sources is not None else f' of domain {task}' if task else ''}; add some or remove its lines")
-    if not test: raise DataError(f"{file} has no test picture{f' of domain {task}' if task else ''}; give some lines the split test")
-    return DataSet(file.stem, classnames, train, test, source=_Files(str(file.parent)), task=task or '', by_domain=sources is not None, val=val, split=split)
+        if i in there: continue
+        where = ' in the domains to train on' if joined else of_task
+        raise DataError(f"class '{name}' of {file} has no training picture{where}; "
+                        'add some or remove its lines')
+    if not test: raise DataError(f'{file} has no test picture{of_task}; '
+                                 'give some lines the split test')
 
 # %% ../nbs/04_data.ipynb #04-097
 def _chosen(sources, task:str, known:list[str]) -> list[str]:
@@ -897,46 +1367,77 @@ def _chosen(sources, task:str, known:list[str]) -> list[str]:
     chosen = [sources] if isinstance(sources, str) else list(sources)
     for s in chosen:
         if s not in known: raise _unknown('domain in sources', s, known)
-    if not chosen or len({*chosen, task}) <= len(chosen): raise DataError(f"sources={chosen!r} with task='{task}': give one or more domains, all different and other than the task, or 'rest'")
-    return chosen
+    all_different = len({*chosen, task}) == len(chosen)+1
+    if chosen and all_different: return chosen
+    raise DataError(f"sources={chosen!r} with task='{task}': give one or more domains, "
+                    "all different and other than the task, or 'rest'")
+
+def _own(name:str|Path, root) -> tuple[Path, Path|None]:
+    "The path of a folder or a table of one's own, and its table if there is one"
+    path = (Path(root or '')/Path(name)).expanduser().absolute()
+    if not path.exists():
+        if root or isinstance(name, Path) or any(c in name for c in '/\\.~'):
+            raise DataNotFound(f'no folder {path}; check the path')
+        own = 'or the path of a folder with one folder of images per class'
+        raise _unknown('data set', name, ['pictograms', 'emoji', *PUBLIC, own])
+    if path.is_dir(): return path, _table_in(path)
+    if path.is_file() and _is_table(path): return path, path
+    raise DataError(f'{path} is a file; give the folder that holds one folder of images per class, '
+                    'or a table (.csv, .tsv) of path and label')
+
+def _from_path(path:Path, table:Path|None, task:str|None, sources, skip_broken:bool) -> DataSet:
+    if table: return _from_table(table, task, sources, skip_broken)
+    if task or sources is not None:
+        given = f'task={task!r}' if task else 'sources'
+        raise DataError(f'a folder has no tasks, but {given} was given; leave it out, '
+                        'or write a table with the columns path, label and domain')
+    return _from_folder(path, skip_broken)
 
 # %% ../nbs/04_data.ipynb #04-098
 def load_dataset(
-    name:str|Path='pictograms', # 'pictograms', 'emoji', a name in PUBLIC, or the path of a folder of images or of a table (.csv, .tsv)
-    task:str|None=None,         # a domain of those in TASKS (pictograms: pixels unless told otherwise, emoji: icons), or of a table with a column "domain"
-    root:str|Path|None=None,    # the folder that holds the public sets; for pictograms, where the archive lies, if not in the package
-    skip_broken:bool=False,     # leave unreadable images out, with a warning that names them
-    download:bool=False,        # fetch a public set that is not there, where torchvision can
-    sources:list[str]|str|None=None, # train on these domains and test on `task`; 'rest' is all the others
+    # 'pictograms', 'emoji', a name in PUBLIC, or the path of a folder of images or of a table
+    # (.csv, .tsv)
+    name:str|Path='pictograms',
+    # a domain of those in TASKS (pictograms: pixels unless told otherwise, emoji: icons), or of a
+    # table with a column "domain"
+    task:str|None=None,
+    # the folder that holds the public sets; for pictograms, where the archive lies, if not in the
+    # package
+    root:str|Path|None=None,
+    skip_broken:bool=False, # leave unreadable images out, with a warning that names them
+    download:bool=False,    # fetch a public set that is not there, where torchvision can
+    sources:list[str]|str|None=None, # train on these, test on `task`; 'rest' is all the others
 ) -> DataSet:
-    "A data set by name, or of your own pictures. Raises DataError, a ValueError; DataNotFound, also a FileNotFoundError, where nothing is there"
+    """A data set by name, or of your own pictures
+
+    Raises DataError, a ValueError; DataNotFound, also a FileNotFoundError, where nothing is there
+    """
     known = not isinstance(name, Path) and (name in TASKS or name in PUBLIC)
-    if download and name not in PUBLIC: raise DataError(f"'{name}' is nothing to download; leave download out")
+    if download and name not in PUBLIC:
+        raise DataError(f"'{name}' is nothing to download; leave download out")
     if known and sources is not None:
-        if name not in TASKS: raise DataError(f"'{name}' has no domains, but sources were given; leave them out")
-        target = load_dataset(name, task, root, skip_broken, download)
-        chosen = _chosen(sources, target.task, [t for t in TASKS[name] if t != 'styles']) # there is nothing to train on in styles
-        return join([load_dataset(name, s, root, skip_broken, download) for s in chosen], target)
-    given = {k: v for k, v in dict(task=task, skip_broken=skip_broken).items() if v}
-    if name in PUBLIC and known:
+        if name not in TASKS:
+            raise DataError(f"'{name}' has no domains, but sources were given; leave them out")
+        def load(task): return load_dataset(name, task, root, skip_broken, download)
+        target = load(task)
+        domains = [t for t in TASKS[name] if t != 'styles'] # there is nothing to train on in styles
+        return join([load(s) for s in _chosen(sources, target.task, domains)], target)
+
+    origin = dict(name=name)
+    if task: origin['task'] = task
+    if skip_broken: origin['skip_broken'] = skip_broken
+    if known and name in PUBLIC:
         data = _public(name, task, root, skip_broken, download)
-        given['root'] = str(Path(root or os.environ['CLIPPROMPT_DATA']).expanduser().absolute())
-    elif known:
-        data = _pictograms(name, task, Path(root).expanduser() if root else assets())
-        if root: given['root'] = str(Path(root).expanduser().absolute())
+        root = root or os.environ['CLIPPROMPT_DATA']
+    elif known: data = _pictograms(name, task, Path(root).expanduser() if root else assets())
     else:
-        path = (Path(root or '')/Path(name)).expanduser().absolute()
-        if not path.exists():
-            if root or isinstance(name, Path) or any(c in name for c in '/\\.~'): raise DataNotFound(f'no folder {path}; check the path')
-            raise _unknown('data set', name, ['pictograms', 'emoji', *PUBLIC, 'or the path of a folder with one folder of images per class'])
-        table = path if path.is_file() and _is_table(path) else _table_in(path) if path.is_dir() else None
-        if path.is_file() and not table: raise DataError(f'{path} is a file; give the folder that holds one folder of images per class, or a table (.csv, .tsv) of path and label')
-        if not table and (task or sources is not None):
-            raise DataError(f"a folder has no tasks, but {f'task={task!r}' if task else 'sources'} was given; leave it out, or write a table with the columns path, label and domain")
-        data = _from_table(table, task, sources, skip_broken) if table else _from_folder(path, skip_broken)
-        given |= dict(sources=sources if isinstance(sources, str) else list(sources)) if sources is not None else {}
-        name = str(path)
-    data.origin = dict(name=name, **given)
+        path, table = _own(name, root)
+        data = _from_path(path, table, task, sources, skip_broken)
+        origin['name'], root = str(path), None
+        if sources is not None:
+            origin['sources'] = sources if isinstance(sources, str) else list(sources)
+    if root: origin['root'] = str(Path(root).expanduser().absolute())
+    data.origin = origin
     return data
 
 # %% ../nbs/04_data.ipynb #04-121
@@ -944,24 +1445,32 @@ def _to_tensor(backbone) -> list: return [T.ToTensor(), T.Normalize(backbone.mea
 
 # %% ../nbs/04_data.ipynb #04-122
 def train_transform(
-    backbone,                    # gives size, interpolation, mean and std
-    crop_scale=(0.08, 1.0),      # share of the picture's area that a crop keeps
-    flip:bool=True,              # mirror every second picture
+    backbone,               # gives size, interpolation, mean and std
+    crop_scale=(0.08, 1.0), # share of the picture's area that a crop keeps
+    flip:bool=True,         # mirror every second picture
 ) -> T.Compose:
     "Random crop, random mirror, tensor, normalise: CoOp's training transform"
-    crop = T.RandomResizedCrop(backbone.image_size, scale=tuple(crop_scale), interpolation=T.InterpolationMode(backbone.interpolation))
-    return T.Compose([crop, *([T.RandomHorizontalFlip()] if flip else []), *_to_tensor(backbone)])
+    how = T.InterpolationMode(backbone.interpolation)
+    steps = [T.RandomResizedCrop(backbone.image_size, scale=tuple(crop_scale), interpolation=how)]
+    if flip: steps.append(T.RandomHorizontalFlip())
+    return T.Compose(steps + _to_tensor(backbone))
 
 def test_transform(backbone) -> T.Compose:
     "Shorter side to size, centre crop, tensor, normalise"
-    return T.Compose([T.Resize(backbone.image_size, T.InterpolationMode(backbone.interpolation)), T.CenterCrop(backbone.image_size), *_to_tensor(backbone)])
+    resize = T.Resize(backbone.image_size, T.InterpolationMode(backbone.interpolation))
+    return T.Compose([resize, T.CenterCrop(backbone.image_size), *_to_tensor(backbone)])
 
 test_transform.__test__ = False # its name would make pytest take it for a test
 
 # %% ../nbs/04_data.ipynb #04-129
-TEMPLATES = {name: p.template for name, p in PUBLIC.items()} | dict(pictograms='a photo of a {}.', emoji='a photo of a {}.')
+TEMPLATES = {name: p.template for name, p in PUBLIC.items()}
+TEMPLATES |= dict(pictograms='a photo of a {}.', emoji='a photo of a {}.')
 
-ENSEMBLE = ['itap of a {}.', 'a bad photo of the {}.', 'a origami {}.', 'a photo of the large {}.', 'a {} in a video game.', 'art of the {}.', 'a photo of the small {}.']
+ENSEMBLE = ['itap of a {}.', 'a bad photo of the {}.', 'a origami {}.', 'a photo of the large {}.',
+            'a {} in a video game.', 'art of the {}.', 'a photo of the small {}.']
 
-PICTOGRAM_TEMPLATES = ['{}', 'a {}.', 'an icon of a {}.', 'a pictogram of a {}.', 'a symbol of a {}.', 'a drawing of a {}.', 'a line icon of a {}.', 'a solid icon of a {}.',
-    'a pixel icon of a {}.', 'a blurry icon of a {}.', 'a small icon of a {}.', 'an outline of a {}.', 'a rotated icon of a {}.']
+PICTOGRAM_TEMPLATES = [
+    '{}', 'a {}.', 'an icon of a {}.', 'a pictogram of a {}.', 'a symbol of a {}.',
+    'a drawing of a {}.', 'a line icon of a {}.', 'a solid icon of a {}.', 'a pixel icon of a {}.',
+    'a blurry icon of a {}.', 'a small icon of a {}.', 'an outline of a {}.',
+    'a rotated icon of a {}.']
