@@ -151,13 +151,14 @@ def test_planted_faults_are_found(book, capsys):
 def test_faults_of_form_are_found(book, capsys):
     stream = dict(output_type='stream', name='stdout', text='a'*101)
     html = dict(output_type='display_data', metadata={}, data={'text/html': '<table></table>', 'text/plain': 'x'})
+    coarse = dict(output_type='display_data', metadata={}, data={'image/png': 'AAAA', 'text/plain': 'x'})
     picture = dict(output_type='display_data', metadata={}, data={'image/svg+xml': '<svg></svg>', 'text/plain': '<x at 0x7f>'})
     out = faults(book, capsys, '# 2. Two\n\n> Second', 'As chapter 11 says, `LNone`.', cell('x = 1  # ' + 'long '*30, 'code'),
                  cell('f()', 'code', [stream]), cell('g()', 'code', [html]), cell('h()', 'code', [picture]),
-                 cell('#| label: fig-two\nh()', 'code', [picture, stream]), cell('#| label: tbl-two\ng()', 'code', [picture]))
+                 cell('#| label: fig-dots\n#| fig-cap: "Dots"\nh()', 'code', [coarse]), cell('#| label: fig-two\nh()', 'code', [picture, stream]), cell('#| label: tbl-two\ng()', 'code', [picture]))
     for fault in ('the title has a number', 'names a chapter by its number', 'shows "LNone"', 'a line of', 'prints a line of 101',
                   'a table that needs scripts', 'a figure without a label', 'fig-two has 2 outputs', 'fig-two has no caption',
-                  'tbl-two has no caption'):
+                  'tbl-two has no caption', 'not sharp on a fine screen'):
         assert fault in out, f'{fault!r} not reported in:\n{out}'
 
 

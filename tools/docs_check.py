@@ -151,6 +151,8 @@ def form(path):
             data = o.get('data') or {}
             shown = text(o.get('text') or data.get('text/plain'))
             if 'text/html' in data: yield f'{where} shows a table that needs scripts; use clipprompt.figures.Table'
+            if 'image/png' in data and 'width' not in o.get('metadata', {}).get('image/png', {}):
+                yield f'{where} has a picture that is not sharp on a fine screen; call clipprompt.figures.style() first'
             if data.keys() & DRAWN.keys() and not label: yield f'{where} shows a figure without a label'
             if 'text/markdown' not in data:
                 for l in wide_lines(shown): yield f'{where} prints a line of {len(l)} characters: {l[:50]}...'

@@ -82,7 +82,8 @@ def heads(code, module):
 
 def alternative(caption):
     "A caption as plain text in quotes"
-    plain = re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', caption).replace('`', '').replace('*', '')
+    plain = re.sub(r'@(?:fig|tbl|eq|sec)-[\w-]+', 'its own place', caption)
+    plain = re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', plain).replace('`', '').replace('*', '')
     return json.dumps(plain, ensure_ascii=False)
 
 

@@ -1,0 +1,83 @@
+"""What figures and tables share, and what the cards say of the methods."""
+import re
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from clipprompt.cards import CARDS, drawing, overview
+from clipprompt.figures import LOOK, Sketch, Table, cell, colour, has_pixels, marker, style
+from clipprompt.report import METHODS
+from helpers import works
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def rows(table): return [[c.strip() for c in line.strip('|').split('|')] for line in table._repr_markdown_().splitlines()]
+
+
+def test_every_method_has_a_look_of_its_own():
+    assert set(LOOK) == set(METHODS)
+    assert len({(colour(m), marker(m)) for m in LOOK}) == len(LOOK)
+    assert colour('somebody-elses') == '#404040' and marker('somebody-elses') == 'o'
+
+
+@pytest.mark.parametrize('value, digits, text', [
+    (12345, 1, '12,345'), (1.25, 1, '1.2'), (-0.04, 2, '-0.04'), (float('nan'), 1, '–'), (None, 1, '–'), (True, 1, 'yes'),
+    (np.float32(2.5), 0, '2'), (np.int64(7), 3, '7'), ('1.0 ± 0.2', 1, '1.0\u00a0±\u00a00.2'), ('a|b', 1, 'a\\|b'), ((1, 2), 1, '(1, 2)')])
+def test_cells(value, digits, text): assert cell(value, digits) == text
+
+
+def test_tables():
+    frame = pd.DataFrame({'lr': [.002], 'n': [1000], 'what': ['x']}, index=pd.Index(['coop'], name='method'))
+    assert rows(Table(frame, digits={'lr': 4})) == [['method', 'lr', 'n', 'what'], [':---------', '-------:', '------:', ':-------'],
+                                                    ['coop', '0.0020', '1,000', 'x']]
+    two = pd.DataFrame([[1., 2.]], columns=pd.MultiIndex.from_tuples([('icons', 'base'), ('icons', 'new')]))
+    assert rows(Table(two))[0] == ['icons base', 'icons new']               # no counter, levels in a line
+    assert rows(Table(frame.iloc[:0]))[0] == ['method', 'lr', 'n', 'what']  # nothing measured yet
+    assert frame.shape == (1, 3) and list(frame.index) == ['coop']          # what was given stays as it is
+
+
+def test_style_and_sketch():
+    with mpl.rc_context():
+        style()
+        assert mpl.rcParams['axes.prop_cycle'].by_key()['color'][2] == colour('coop')
+        s = Sketch(4, 2, 10, (-1, 1))
+        s.box(1, 0, 2, .5, 'box', fill=colour('coop'))
+        s.arrow((1, 0), (4, 0), dashed=True)
+        assert s.ax.get_xlim() == (0, 10) and s.ax.get_ylim() == (-1, 1) and len(s.ax.patches) == 1
+        assert not has_pixels(s.ax.figure)
+        plt.close('all')
+
+
+def test_cards_name_papers_of_the_bibliography():
+    known = (ROOT/'references.bib').read_text(encoding='utf-8')
+    for name, card in CARDS.items():
+        key = re.search(r'(?:abs|pii)/(\S+)$', card.url)[1]
+        assert key in known, f'{name}: {card.url} is not in references.bib'
+        assert (ROOT/'nbs'/card.chapter).exists()
+        assert len(card.text) == len(card.image) == 5 and set(card.text+card.image) <= set('fcmdt.')
+
+
+def test_drawings_are_svg():
+    import xml.etree.ElementTree as xml
+    for name in CARDS: assert xml.fromstring(drawing(name)).tag.endswith('svg')
+    assert len(xml.fromstring(overview()).findall('{*}svg')) == len(CARDS)
+
+
+def test_pages_of_reference_are_up_to_date():
+    sys.path.insert(0, str(ROOT/'tools'))
+    import reference
+    for name, page in dict(api=reference.api(), cli=reference.cli()).items():
+        assert (ROOT/'site'/f'{name}.qmd').read_text(encoding='utf-8') == page, 'run tools/reference.py'
+    assert '`--task`' in page and '–task' not in page
+
+
+def test_help_and_manual_agree():
+    shown = set(re.findall(r'--[a-z][a-z-]+', works('train', '--help').out)) - {'--help'}
+    manual = (ROOT/'site/cli.qmd').read_text(encoding='utf-8').split('## train')[1].split('\n## ')[0]
+    assert len(shown) > 5 and shown <= set(re.findall(r'--[a-z][a-z-]+', manual)), 'run tools/reference.py'
