@@ -16,37 +16,52 @@ from .backbone import Backbone
 from .learner import PromptLearner, Recipe
 from .prompts import Given, Prompts, phrase_tokens, place
 
+# %% ../nbs/12_cocoop.ipynb #12-003a
+def _meta_net(
+    d_in:int,  # width of an image feature
+    d_out:int, # width of a word
+    seed:int,
+) -> nn.Sequential:
+    hidden = max(1, d_in//16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second = nn.Linear(d_in, hidden), nn.Linear(hidden, d_out)
+    return nn.Sequential(OrderedDict(linear1=first, relu=nn.ReLU(), linear2=second))
+
 # %% ../nbs/12_cocoop.ipynb #12-007
 class CoCoOp(PromptLearner):
-    "Conditional context optimisation (Zhou et al. 2022, CVPR, section 3.2). Raises ValueError when a prompt does not fit the context"
+    """Conditional context optimisation (Zhou et al. 2022, CVPR, section 3.2)
+
+    Raises ValueError when a prompt does not fit the context."""
     method, learns_text = 'cocoop', True
 
     def __init__(self, backbone:Backbone, classnames:list[str],
-        n_ctx:int=4,                          # context length M; a phrase overrides it
-        ctx_init:str|None='a photo of a',     # start from these words; None: from noise
-        seed:int=0,                           # of the noise and of the meta-net
+        n_ctx:int=4,                      # context length M; a phrase overrides it
+        ctx_init:str|None='a photo of a', # start from these words; None: from noise
+        seed:int=0,                       # of the noise and of the meta-net
     ):
         super().__init__(backbone, classnames, n_ctx=n_ctx, ctx_init=ctx_init, seed=seed)
-        words = phrase_tokens(backbone, ctx_init) if ctx_init else None                       # [M, d_t]
-        M, E = n_ctx if words is None else len(words), backbone.embed_dim
-        self.ctx, self.sentences = Prompts(M, backbone.text_width, seed=seed), place(backbone, self.classnames, M, words=ctx_init)
+        words = phrase_tokens(backbone, ctx_init) if ctx_init else None  # [M, D_t]
+        M = n_ctx if words is None else len(words)
+        self.ctx = Prompts(M, backbone.text_width, seed=seed)
         if words is not None: self.ctx.tokens.data.copy_(words)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.meta_net = nn.Sequential(OrderedDict(linear1=nn.Linear(E, max(1, E//16)), relu=nn.ReLU(), linear2=nn.Linear(max(1, E//16), backbone.text_width)))
+        self.sentences = place(backbone, self.classnames, M, words=ctx_init)
+        self.meta_net = _meta_net(backbone.embed_dim, backbone.text_width, seed)
 
-    def context(self, image_features:Tensor) -> Tensor: # [B, E] -> [B, M, d_t]
+    def context(self, image_features:Tensor) -> Tensor: # [B, E] -> [B, M, D_t]
         "One context per image: the shared one, shifted by the meta-net"
-        return self.ctx.tokens[0] + self.meta_net(image_features.to(self.ctx.tokens))[:, None]
+        shift = self.meta_net(image_features.to(self.ctx.tokens))        # [B, D_t]
+        return self.ctx.tokens[0] + shift[:, None]
 
-    def text_features(self): return None   # they depend on the image
+    def text_features(self): return None  # they depend on the image
 
     def logits(self, image_features:Tensor, text_features=None) -> Tensor: # [B, E] -> [B, C]
-        ctx = self.context(image_features)[None, :, None]                                     # [1 layer, B groups, 1, M, d_t]
-        t = F.normalize(self.text(self.sentences, Given(ctx)), dim=-1)                        # [B, C, E]
+        ctx = self.context(image_features)[None, :, None]   # [1 layer, B groups, 1, M, D_t]
+        t = F.normalize(self.text(self.sentences, Given(ctx)), dim=-1)   # [B, C, E]
         return self.backbone.logit_scale*torch.einsum('be,bce->bc', image_features, t)
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
         "Zhou et al. 2022 (CVPR), section 4: ten epochs of single images"
-        return Recipe(lr=.002, epochs=10, batch_size=1, source='CoCoOp, section 4; configuration vit_b16_c4_ep10_batch1_ctxv1')
+        return Recipe(lr=.002, epochs=10, batch_size=1,
+                      source='CoCoOp, section 4; configuration vit_b16_c4_ep10_batch1_ctxv1')
