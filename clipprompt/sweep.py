@@ -7,6 +7,7 @@ __all__ = ['Run', 'grid', 'Loaded', 'load_run', 'attempt', 'Swept', 'look', 'swe
 
 # %% ../nbs/22_sweep.ipynb #22-003
 import hashlib, json, os, socket, time, traceback
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -20,51 +21,77 @@ from tqdm.auto import tqdm
 from .backbone import Backbone, load_backbone
 from .data import DataSet
 from .learner import Recipe, check_writable, write_safely
-from .protocols import Method, apart, draw, protocol, read_records, record, run_id, second_set, usual_shots, write_record
+from .protocols import (Method, apart, draw, protocol, read_records, record, run_id,
+    second_set, usual_shots, write_record)
 from .report import find_data, find_method, split_name
 
 # %% ../nbs/22_sweep.ipynb #22-007
 @dataclass(frozen=True)
 class Run:
     "What a machine needs to know to do one line of a results table"
-    method:str                       # a name in METHODS
-    task:str='pixels'                # as `compare` names data: a domain of Pictograms, NAME, NAME/DOMAIN or a folder
+    method:str                  # a name in METHODS
+    task:str='pixels'           # as for `compare`: a Pictograms domain, NAME, NAME/DOMAIN, a folder
     protocol:str='base-to-new'
     shots:int=16
     seed:int=1
     backbone:str='picto-clip'
     pretrained:str|None=None
     precision:str|None=None
-    root:str|None=None               # the folder of the public data sets
-    targets:tuple[str, ...]=()       # of protocol 'cross'
-    budget:str='book'                # 'book' or 'paper' recipes
-    epochs:int|None=None             # instead of the recipe's
-    skip_broken:bool=False           # leave unreadable images of a folder out
+    root:str|None=None          # the folder of the public data sets
+    targets:tuple[str, ...]=()  # of protocol 'cross'
+    budget:str='book'           # 'book' or 'paper' recipes
+    epochs:int|None=None        # instead of the recipe's
+    skip_broken:bool=False      # leave unreadable images of a folder out
 
-    def __post_init__(self): object.__setattr__(self, 'targets', tuple(self.targets))      # a list, as JSON gives it, has no hash
+    def __post_init__(self): # a list, as JSON gives it, has no hash
+        object.__setattr__(self, 'targets', tuple(self.targets))
 
-    def __str__(self): return f"{self.method} {self.protocol} {self.task}, {self.shots} shots, seed {self.seed}"
+    def __str__(self):
+        return f'{self.method} {self.protocol} {self.task}, {self.shots} shots, seed {self.seed}'
 
 # %% ../nbs/22_sweep.ipynb #22-009
-def grid(
-    methods:list[str], tasks:list[str]=('pixels',), protocols:list[str]=('base-to-new',), shots:list[int]|None=None, seeds:list[int]=(1, 2, 3), # shots None: 16, or 4 of each source under protocol 'domain'
-    **same,          # the other fields of `Run`
-) -> list[Run]:
-    "All combinations. Raises ValueError for a name that nobody knows or an empty list"
-    for what, given in dict(methods=methods, tasks=tasks, protocols=protocols, shots=(16,) if shots is None else shots, seeds=seeds).items():
-        if isinstance(given, str) or not len(given): raise ValueError(f'{what} must be a list with at least one entry, not {given!r}')
-    for m in methods: find_method(m, same.get('budget', 'book'))
-    for p in protocols: protocol(p)
-    if same.get('targets') and 'cross' not in protocols: raise ValueError(f"only protocol 'cross' has targets, and it is not among {', '.join(protocols)}; leave them out (--targets), or add it")
-    there = dict(targets=[_whole(t) for t in same.get('targets', ())])
-    if (weights := Path(same.get('pretrained') or '').expanduser()).is_file(): there['pretrained'] = str(weights.absolute())
-    if root := same.get('root') or os.environ.get('CLIPPROMPT_DATA'): there['root'] = str(Path(root).expanduser().absolute())
-    return list(dict.fromkeys(Run(m, _whole(t), p, k, s, **same | there) for t, p in product(tasks, protocols) for k, s, m in product(shots or [usual_shots(p)], seeds, methods)))
+def _full(path) -> str: return str(Path(path).expanduser().absolute())
 
 def _whole(task:str) -> str:
-    "A path in full, because a worker may start in another folder; names stay"
+    "A path in full; names stay"
     name, part = split_name(task)
     return str(name.absolute()/part) if isinstance(name, Path) else task
+
+def _in_full(fields:dict) -> dict:
+    "The fields of a run with their paths in full"
+    fields = fields | dict(targets=[_whole(t) for t in fields.get('targets', ())])
+    weights = fields.get('pretrained')
+    if weights and Path(weights).expanduser().is_file(): fields['pretrained'] = _full(weights)
+    root = fields.get('root') or os.environ.get('CLIPPROMPT_DATA')
+    if root: fields['root'] = _full(root)
+    return fields
+
+# %% ../nbs/22_sweep.ipynb #22-009b
+def _lists(**lists):
+    "Raise ValueError for what is no list or an empty one"
+    for what, given in lists.items():
+        if isinstance(given, str) or not len(given):
+            raise ValueError(f'{what} must be a list with at least one entry, not {given!r}')
+
+def grid(
+    methods:list[str], tasks:list[str]=('pixels',), protocols:list[str]=('base-to-new',),
+    shots:list[int]|None=None,  # None: 16, or 4 of each source under protocol 'domain'
+    seeds:list[int]=(1, 2, 3),
+    **same,                     # the other fields of `Run`
+) -> list[Run]:
+    "All combinations. Raises ValueError for a name that nobody knows or an empty list"
+    _lists(methods=methods, tasks=tasks, protocols=protocols,
+        shots=(16,) if shots is None else shots, seeds=seeds)
+    for m in methods: find_method(m, same.get('budget', 'book'))
+    for p in protocols: protocol(p)
+    if same.get('targets') and 'cross' not in protocols:
+        raise ValueError(f"only protocol 'cross' has targets, and it is not among "
+                         f"{', '.join(protocols)}; leave them out (--targets), or add it")
+    same, runs = _in_full(same), []
+    for t, p in product([_whole(t) for t in tasks], protocols):
+        some = product(shots or [usual_shots(p)], seeds, methods)
+        runs += [Run(m, t, p, k, seed, **same) for k, seed, m in some]
+    return list(dict.fromkeys(runs))   # each once
 
 # %% ../nbs/22_sweep.ipynb #22-012
 @lru_cache(maxsize=1)
@@ -72,8 +99,10 @@ def _backbone(name:str, pretrained:str|None, precision:str|None, cache:str|None)
     return load_backbone(name, pretrained, precision=precision, cache=cache)
 
 @lru_cache(maxsize=8)
-def _data(task:str, protocol_name:str, root:str|None, skip_broken:bool) -> tuple[DataSet, str]: # and its fingerprint
-    data = find_data(task, 'domain' if protocol_name == 'domain' else 'few-shot', root, skip_broken)
+def _data(task:str, protocol_name:str, root:str|None, skip_broken:bool) -> tuple[DataSet, str]:
+    "A data set and its fingerprint"
+    unseen = protocol_name == 'domain'
+    data = find_data(task, 'domain' if unseen else 'few-shot', root, skip_broken)
     return data, data.fingerprint
 
 # %% ../nbs/22_sweep.ipynb #22-013
@@ -94,20 +123,23 @@ def load_run(run:Run,
     "Raises what is wrong with it: unknown names, missing data, too few pictures"
     clip = _backbone(run.backbone, run.pretrained, run.precision, cache and str(cache))
     data, mark = _data(run.task, run.protocol, run.root, run.skip_broken)
-    targets = [_data(t, 'cross', run.root, run.skip_broken) for t in run.targets] if run.protocol == 'cross' else []
+    aims = run.targets if run.protocol == 'cross' else ()
+    found = [_data(t, 'cross', run.root, run.skip_broken) for t in aims]
+    targets, marks = [t for t, _ in found], [m for _, m in found]
     if run.protocol == 'cross' and not targets: second_set(data)
     if run.protocol == 'base-to-new': data.new()
     draw(data, run.shots, run.seed)
     method = find_method(run.method, run.budget, run.protocol, run.shots, data.name)
     recipe = method.planned(run.protocol, run.shots, data.name)
     if recipe and run.epochs: recipe = replace(recipe, epochs=run.epochs)
-    return Loaded(method, recipe, clip, data, [t for t, _ in targets], mark, run_id(method, recipe, run.protocol, mark, run.shots, run.seed, clip, [m for _, m in targets]))
+    name = run_id(method, recipe, run.protocol, mark, run.shots, run.seed, clip, marks)
+    return Loaded(method, recipe, clip, data, targets, mark, name)
 
 # %% ../nbs/22_sweep.ipynb #22-017
 def attempt(run:Run, out:str|Path,
-    retries:int=2,               # after a failure
-    cache:str|Path|None=None,    # folder of frozen features; OUT/features where None
-    patience:float=5.,           # seconds before the second try, twice as many before the third
+    retries:int=2,             # after a failure
+    cache:str|Path|None=None,  # folder of frozen features; OUT/features where None
+    patience:float=5.,         # seconds before the second try, twice as many before the third
 ) -> tuple[str, str]: # 'done', 'busy' or 'failed'; the record's file, or the traceback
     "Do a run, unless it is done or somebody is at it. Raises nothing: what goes wrong is returned"
     out = Path(out)
@@ -127,35 +159,71 @@ def attempt(run:Run, out:str|Path,
             if trial < retries: time.sleep(patience*(trial+1))
     return 'failed', said
 
+# %% ../nbs/22_sweep.ipynb #22-017c
 def _may_pass(e:Exception) -> bool:
-    "What the disk or the network said may be otherwise next time; a wrong argument or a loss that is not finite will not"
-    return isinstance(e, OSError) or isinstance(e.__cause__, OSError) or not isinstance(e, (ValueError, FloatingPointError))
+    """What the disk or the network said may be otherwise next time
+
+    A wrong argument or a loss that is not finite will not.
+    """
+    if isinstance(e, OSError) or isinstance(e.__cause__, OSError): return True
+    return not isinstance(e, (ValueError, FloatingPointError))
 
 def _do(run:Run, at:Loaded, out:Path):
+    "Train and test, then write the record"
     half = out/'checkpoints'/f'{at.name}.safetensors'
-    rec = record(at.method, run.protocol, at.backbone, at.data, run.shots, run.seed, at.recipe, at.targets or None, at.mark, checkpoint=half)
+    rec = record(at.method, run.protocol, at.backbone, at.data, run.shots, run.seed, at.recipe,
+        at.targets or None, at.mark, checkpoint=half)
     write_record(out/'records', rec)
     half.unlink(missing_ok=True)
 
 # %% ../nbs/22_sweep.ipynb #22-021
-def _here(runs:list[Run], out:Path, retries:int, cache, patience:float, **_) -> Iterator[tuple[Run, tuple[str, str]]]:
+Outcome = tuple[Run, tuple[str, str]]   # a run and what `attempt` said of it
+
+def _here(runs:list[Run], out:Path, retries:int, cache, patience:float, **_) -> Iterator[Outcome]:
+    "One after another, in this process"
     for run in runs: yield run, attempt(run, out, retries, cache, patience)
 
-def _ray(runs:list[Run], out:Path, retries:int, cache, patience:float, cpus:float, gpus:float, address:str|None) -> Iterator[tuple[Run, tuple[str, str]]]:
-    try: import ray
-    except ImportError: raise ValueError("Ray is not installed; pip install 'clipprompt[ray]', or run the sweep here (without --ray)") from None
+# %% ../nbs/22_sweep.ipynb #22-021c
+def _join(ray, address:str|None):
+    "Join a cluster, or start one on this machine. Raises ValueError where that cannot be done"
     try:
         host, _, port = (address or '').removeprefix('ray://').rpartition(':')
-        if host and port.isdecimal(): socket.create_connection((host.strip('[]'), int(port)), 10).close()      # Ray would knock for minutes
-        if not ray.is_initialized(): ray.init(address=address or 'local', include_dashboard=None if address else False, log_to_driver=False)
-    except Exception as e: raise ValueError(f"cannot join a Ray cluster at '{address or 'local'}' ({type(e).__name__}: {' '.join(str(e).split())[:120]}); check the address and `ray status` there, or use --ray local") from None   # a wrong port and a wrong word have a class each
-    nodes = [n['Resources'] for n in ray.nodes() if n['Alive']]                       # Ray would wait for ever for what no machine has
-    if not any(n.get('CPU', 0) >= cpus and n.get('GPU', 0) >= gpus for n in nodes): raise ValueError(f'no machine of the Ray cluster has what a run asks for, cpus={cpus:g} and gpus={gpus:g}; lower them (--cpus, --gpus)')
-    if not gpus and any(n.get('GPU') for n in nodes): raise ValueError('the Ray cluster has GPUs, but a run asks for none, and all would crowd on the first; give gpus (--gpus), such as 0.25, or hide them with CUDA_VISIBLE_DEVICES= when Ray starts')
-    work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(attempt)   # Ray's retries are for workers that die, ours for runs that fail
+        if host and port.isdecimal():
+            socket.create_connection((host.strip('[]'), int(port)), 10).close()
+        if not ray.is_initialized():
+            ray.init(address=address or 'local', include_dashboard=None if address else False,
+                log_to_driver=False)
+    except Exception as e:   # a wrong port and a wrong word have a class each
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+        raise ValueError(f"cannot join a Ray cluster at '{address or 'local'}' ({why}); check the "
+            'address and `ray status` there, or use --ray local') from None
+
+def _room(nodes:list[dict], cpus:float, gpus:float):
+    "Raise ValueError where no run can start, or all would crowd on one GPU"
+    if not any(n.get('CPU', 0) >= cpus and n.get('GPU', 0) >= gpus for n in nodes):
+        raise ValueError('no machine of the Ray cluster has what a run asks for, '
+            f'cpus={cpus:g} and gpus={gpus:g}; lower them (--cpus, --gpus)')
+    if not gpus and any(n.get('GPU') for n in nodes):
+        raise ValueError('the Ray cluster has GPUs, but a run asks for none, and all would crowd '
+            'on the first; give gpus (--gpus), such as 0.25, or hide them with '
+            'CUDA_VISIBLE_DEVICES= when Ray starts')
+
+# %% ../nbs/22_sweep.ipynb #22-021d
+def _ray(runs:list[Run], out:Path, retries:int, cache, patience:float, cpus:float, gpus:float,
+    address:str|None
+) -> Iterator[Outcome]:
+    "Each run on a worker of a cluster, as they become free"
+    try: import ray
+    except ImportError:
+        raise ValueError("Ray is not installed; pip install 'clipprompt[ray]', "
+                         'or run the sweep here (without --ray)') from None
+    _join(ray, address)
+    _room([n['Resources'] for n in ray.nodes() if n['Alive']], cpus, gpus)
+    # Ray's retries are for workers that die, ours for runs that fail
+    work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(attempt)
     waiting = {work.remote(run, out, retries, cache, patience): run for run in runs}
     while waiting:
-        (ready,), _ = ray.wait(list(waiting), num_returns=1)
+        ready = ray.wait(list(waiting), num_returns=1)[0][0]
         run = waiting.pop(ready)
         try: yield run, ray.get(ready)
         except ray.exceptions.RayError as e: yield run, ('failed', f'{type(e).__name__}: {e}')
@@ -172,46 +240,68 @@ class Swept:
 
 # %% ../nbs/22_sweep.ipynb #22-024
 def look(runs:list[Run], cache:str|Path):
-    "Load all weights and data once. Raises ValueError or OSError where that cannot be done, or where two data sets have one name"
-    for args in dict.fromkeys((r.backbone, r.pretrained, r.precision) for r in runs): _backbone(*args, str(cache))
-    sets = {args: _data(*args)[0] for args in dict.fromkeys((t, p, r.root, r.skip_broken) for r in runs for t, p in [(r.task, r.protocol), *((t, 'cross') for t in r.targets)])}
-    for p in {p for _, p, _, _ in sets}: apart([d for (_, q, _, _), d in sets.items() if q == p])
+    """Load all weights and data once
 
+    Raises ValueError or OSError where that cannot be done, or where two data sets have one name.
+    """
+    for weights in dict.fromkeys((r.backbone, r.pretrained, r.precision) for r in runs):
+        _backbone(*weights, str(cache))
+    named = []                     # (task, protocol, root, skip_broken)
+    for r in runs:
+        named.append((r.task, r.protocol, r.root, r.skip_broken))
+        named += [(t, 'cross', r.root, r.skip_broken) for t in r.targets]
+    together = defaultdict(list)   # protocol -> its data sets, each once
+    for args in dict.fromkeys(named): together[args[1]].append(_data(*args)[0])
+    for sets in together.values(): apart(sets)
+
+# %% ../nbs/22_sweep.ipynb #22-024b
 def sweep(
     runs:list[Run],
-    out:str|Path,              # folder of records, checkpoints, locks and failures; may be shared by machines
-    backend:str='here',        # or 'ray'
-    retries:int=2,             # after a run failed or its worker died
-    cpus:float=1, gpus:float=0,# of each run, with Ray; a part of a GPU is fine
-    address:str|None=None,     # of a Ray cluster; one of this machine alone is started where None
-    cache:str|Path|None=None,  # folder of frozen features; OUT/features where None. On a cluster: a folder of each node's own disk
+    out:str|Path,               # records, checkpoints, locks and failures; machines may share it
+    backend:str='here',         # or 'ray'
+    retries:int=2,              # after a run failed or its worker died
+    cpus:float=1, gpus:float=0, # of each run, with Ray; a part of a GPU is fine
+    address:str|None=None,      # of a Ray cluster; one of this machine alone is started where None
+    cache:str|Path|None=None,   # frozen features, on a node's own disk; OUT/features where None
     progress:bool=True,
-    patience:float=5.,         # seconds between two tries, and between two looks at a run that somebody else is doing
+    patience:float=5.,          # seconds between two tries, or two looks at what others are doing
 ) -> Swept:
-    "Do what is missing of a list of runs. Raises ValueError or OSError before the first run where weights or data cannot be loaded"
-    if backend not in ('here', 'ray'): raise ValueError(f"unknown backend '{backend}'; use here or ray")
+    """Do what is missing of a list of runs
+
+    Raises ValueError or OSError before the first run where weights or data cannot be loaded.
+    """
+    if backend not in ('here', 'ray'):
+        raise ValueError(f"unknown backend '{backend}'; use here or ray")
     out, cache = Path(out).expanduser().absolute(), cache and Path(cache).expanduser().absolute()
     check_writable(out/'records'/'check')
     look(runs, cache or out/'features')
+    hand_out = _here if backend == 'here' else _ray
     todo, failed, done = list(dict.fromkeys(runs)), {}, {}
     with tqdm(total=len(todo), unit='run', disable=not progress) as bar:
         while todo:
             busy = []
-            for run, (state, said) in (_here if backend == 'here' else _ray)(todo, out, retries, cache, patience, cpus=cpus, gpus=gpus, address=address):
-                if state == 'busy': busy.append(run); continue
-                if state == 'done': done[run] = said
-                else: failed[run] = said
+            for run, (state, said) in hand_out(todo, out, retries, cache, patience,
+                                               cpus=cpus, gpus=gpus, address=address):
+                if state == 'busy':
+                    busy.append(run)
+                    continue
+                (done if state == 'done' else failed)[run] = said
                 _tell(out, run, said if state == 'failed' else None)
-                bar.update(); bar.set_postfix(failed=len(failed), last=str(run)[-40:], refresh=False)
+                bar.update()
+                bar.set_postfix(failed=len(failed), last=str(run)[-40:], refresh=False)
             todo = busy
             if busy: time.sleep(patience)
-    return Swept([r for path in dict.fromkeys(done[run] for run in runs if run in done) for r in read_records(path)], failed)
+    paths = dict.fromkeys(done[run] for run in runs if run in done)
+    return Swept([rec for path in paths for rec in read_records(path)], failed)
 
 # %% ../nbs/22_sweep.ipynb #22-026
 def _tell(out:Path, run:Run, said:str|None):
     "A failure as a file for people; gone when the run succeeds"
     text = json.dumps(asdict(run), default=str)
-    name = ''.join(c if c.isascii() and (c.isalnum() or c in '-.') else '_' for c in str(run))[:80]
-    path = out/'failed'/f'{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt'
-    try: write_safely(path, lambda tmp: tmp.write_text(f'{text}\n\n{said}')) if said else path.unlink(missing_ok=True)
-    except OSError: pass                         # on a full disk the sweep still goes on; the traceback is in `Swept.failed`, too
+    mark = hashlib.sha256(text.encode()).hexdigest()[:8]
+    plain = ''.join(c if c.isascii() and (c.isalnum() or c in '-.') else '_' for c in str(run))
+    path = out/'failed'/f'{plain[:80]}-{mark}.txt'
+    try:
+        if said: write_safely(path, lambda tmp: tmp.write_text(f'{text}\n\n{said}'))
+        else: path.unlink(missing_ok=True)
+    except OSError: pass   # a full disk stops no sweep; the traceback is in `Swept.failed`, too

@@ -188,12 +188,22 @@ print('finished', len(left.records), len(left.failed), flush=True)
 def driver(out, runs):
     return subprocess.Popen([sys.executable, '-c', DRIVER, str(out), json.dumps([vars(r) for r in runs])], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS='1', RAY_USAGE_STATS_ENABLED='0'))
 
-def ray_workers(): # processes that are doing a run at this moment
-    found = []
+def children(pid): # all processes below one, by their ids
+    below = {}
     for p in Path('/proc').glob('[0-9]*'):
-        try: title = (p/'cmdline').read_bytes()
+        try: parent = int((p/'stat').read_text().rpartition(')')[2].split()[1])
         except OSError: continue
-        if title.startswith(b'ray::attempt'): found.append(int(p.name))
+        below.setdefault(parent, []).append(int(p.name))
+    found = below.get(pid, [])
+    for p in found: found += below.get(p, [])   # the list grows while it is read
+    return found
+
+def ray_workers(pid): # processes of one cluster that are doing a run at this moment
+    found = []
+    for p in children(pid):
+        try: title = Path('/proc', str(p), 'cmdline').read_bytes()
+        except OSError: continue
+        if title.startswith(b'ray::attempt'): found.append(p)
     return found
 
 def until(what, seconds=90):
@@ -210,12 +220,16 @@ def test_ray_survives_a_dead_worker_and_a_dead_driver(runs, whole, tmp_path):
     count = lambda: len(list((tmp_path/'records').glob('*.json')))
     p = driver(tmp_path, runs)
     try:
-        until(lambda: count() >= 1 and ray_workers())
-        os.kill(random.choice(until(ray_workers)), signal.SIGKILL)                     # a worker dies in the middle of its run
+        until(lambda: count() >= 1 and ray_workers(p.pid))
+        os.kill(random.choice(until(lambda: ray_workers(p.pid))), signal.SIGKILL)   # a worker dies in the middle of its run
         before = count()
         until(lambda: count() > before)
-    finally: os.killpg(p.pid, signal.SIGKILL); p.wait()                                # the driver dies, and its cluster with it
-    subprocess.run(['pkill', '-9', '-f', '^ray::'], check=False)
+    finally:
+        cluster = children(p.pid)
+        os.killpg(p.pid, signal.SIGKILL); p.wait()   # the driver dies,
+        for pid in cluster:                        # and its cluster with it, by ids: no others' Ray
+            try: os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError: pass
     left = driver(tmp_path, runs)
     try: said = left.communicate(timeout=240)[0]
     finally: os.killpg(left.pid, signal.SIGKILL) if left.poll() is None else None
