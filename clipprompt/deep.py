@@ -18,20 +18,25 @@ from .prompts import Given, Prompts, phrase_tokens, place
 def check_depth(depth:int|None, blocks:int, tower:str) -> int:
     "Depth J of a deep prompt; None means all blocks. Raises ValueError beyond the tower"
     if depth is None: return blocks
-    if not 1 <= depth <= blocks: raise ValueError(f'depth {depth} does not fit the {tower} tower of {blocks} blocks; use 1 to {blocks}')
-    return depth
+    if 1 <= depth <= blocks: return depth
+    raise ValueError(f'depth {depth} does not fit the {tower} tower of {blocks} blocks; '
+                     f'use 1 to {blocks}')
 
+# %% ../nbs/13_deep.ipynb #13-007a
 class VPT(PromptLearner):
-    "Visual prompt tuning (Jia et al. 2022, section 3.2), with CLIP's text features as the classifier"
+    """Visual prompt tuning (Jia et al. 2022, section 3.2)
+
+    CLIP's text features are the classifier."""
     method, learns_image = 'vpt', True
 
     def __init__(self, backbone:Backbone, classnames:list[str],
-        n_visual:int=8,        # prompt tokens n beside the patches
-        depth:int|None=None,   # blocks with tokens of their own, J; 1 is VPT-shallow, None all blocks (VPT-deep)
-        seed:int=0,            # of the start
+        n_visual:int=8,      # prompt tokens n beside the patches
+        depth:int|None=None, # blocks with own tokens, J; 1: VPT-shallow, None: all (VPT-deep)
+        seed:int=0,          # of the start
     ):
         super().__init__(backbone, classnames, n_visual=n_visual, depth=depth, seed=seed)
-        self.visual_ctx = Prompts(n_visual, backbone.vision_width, check_depth(depth, backbone.vision_layers, 'image'), seed=seed)
+        J = check_depth(depth, backbone.vision_layers, 'image')
+        self.visual_ctx = Prompts(n_visual, backbone.vision_width, J, seed=seed)
 
     def image_features(self, images:Tensor) -> Tensor: # [B, E], unit rows
         return F.normalize(self.vision(images, self.visual_ctx), dim=-1)
@@ -39,24 +44,30 @@ class VPT(PromptLearner):
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
         "As published with MaPLe: five epochs, the first of them a warm-up"
-        return Recipe(lr=.0025, epochs=5, batch_size=4, source='MaPLe, table 1 (deep vision prompting); its configuration for VPT')
+        return Recipe(lr=.0025, epochs=5, batch_size=4,
+                      source='MaPLe, table 1 (deep vision prompting); its configuration for VPT')
 
 # %% ../nbs/13_deep.ipynb #13-012
 def word_start(backbone:Backbone,
-    n_ctx:int,              # text tokens n per layer
-    depth:int,              # layers J
-    ctx_init:str|None,      # a phrase
+    n_ctx:int,         # text tokens n per layer
+    depth:int,         # layers J
+    ctx_init:str|None, # a phrase
     seed:int,
 ) -> tuple[Prompts, str|None]: # and the words that hold the places in the sentence
-    "Deep text tokens; the first layer starts from the phrase's first words if it has enough of them"
-    prompts, words = Prompts(n_ctx, backbone.text_width, depth, seed=seed), phrase_tokens(backbone, ctx_init) if ctx_init else []
+    """Deep text tokens
+
+    The first layer starts from the phrase's first words if it has enough of them."""
+    prompts = Prompts(n_ctx, backbone.text_width, depth, seed=seed)
+    words = phrase_tokens(backbone, ctx_init) if ctx_init else []
     if len(words) < n_ctx: return prompts, None
     prompts.tokens.data[0] = words[:n_ctx]
     return prompts, ctx_init
 
 # %% ../nbs/13_deep.ipynb #13-014
 class IVLP(PromptLearner):
-    "Independent vision-language prompting (as published with Khattak et al. 2023, MaPLe, table 1)"
+    """Independent vision-language prompting
+
+    As published with Khattak et al. 2023, MaPLe, table 1."""
     method, learns_text, learns_image = 'ivlp', True, True
 
     def __init__(self, backbone:Backbone, classnames:list[str],
@@ -64,12 +75,16 @@ class IVLP(PromptLearner):
         n_visual:int=2,                   # image tokens per layer
         depth_text:int|None=None,         # blocks with tokens of their own; None means all
         depth_vision:int|None=None,
-        ctx_init:str|None='a photo of a', # the first layer starts from the first n_ctx words, if there are so many
+        ctx_init:str|None='a photo of a', # start of the first layer, if it has n_ctx words
         seed:int=0,
     ):
-        super().__init__(backbone, classnames, n_ctx=n_ctx, n_visual=n_visual, depth_text=depth_text, depth_vision=depth_vision, ctx_init=ctx_init, seed=seed)
-        self.ctx, words = word_start(backbone, n_ctx, check_depth(depth_text, backbone.text_layers, 'text'), ctx_init, seed)
-        self.visual_ctx = Prompts(n_visual, backbone.vision_width, check_depth(depth_vision, backbone.vision_layers, 'image'), seed=seed)
+        super().__init__(backbone, classnames, n_ctx=n_ctx, n_visual=n_visual,
+                         depth_text=depth_text, depth_vision=depth_vision,
+                         ctx_init=ctx_init, seed=seed)
+        J_t = check_depth(depth_text, backbone.text_layers, 'text')
+        J_v = check_depth(depth_vision, backbone.vision_layers, 'image')
+        self.ctx, words = word_start(backbone, n_ctx, J_t, ctx_init, seed)
+        self.visual_ctx = Prompts(n_visual, backbone.vision_width, J_v, seed=seed)
         self.sentences = place(backbone, self.classnames, n_ctx, words=words)
 
     def text_features(self) -> Tensor: # [C, E], unit rows
@@ -80,7 +95,8 @@ class IVLP(PromptLearner):
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
-        return Recipe(lr=.0035, epochs=5, batch_size=4, source='MaPLe repository, configuration of independent prompting')
+        return Recipe(lr=.0035, epochs=5, batch_size=4,
+                      source='MaPLe repository, configuration of independent prompting')
 
 # %% ../nbs/13_deep.ipynb #13-019
 class Couplings(nn.Module):
@@ -90,42 +106,52 @@ class Couplings(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             first, other = nn.Linear(d_in, d_out), nn.Linear(d_in, d_out)
-        layers = [first] + [other]*(depth-1)                                 # the deeper ones start equal, as in MaPLe's code
-        self.weight = nn.Parameter(torch.stack([l.weight.detach() for l in layers]))  # [J, d_out, d_in]
-        self.bias = nn.Parameter(torch.stack([l.bias.detach() for l in layers]))      # [J, d_out]
+        layers = [first] + [other]*(depth-1)  # the deeper ones start equal, as in MaPLe's code
+        weights = torch.stack([layer.weight.detach() for layer in layers])
+        biases = torch.stack([layer.bias.detach() for layer in layers])
+        self.weight = nn.Parameter(weights)   # [J, d_out, d_in]
+        self.bias = nn.Parameter(biases)      # [J, d_out]
 
-    def forward(self, tokens:Tensor) -> Tensor: return tokens @ self.weight.mT + self.bias[:, None]
+    def forward(self, tokens:Tensor) -> Tensor:
+        return tokens @ self.weight.mT + self.bias[:, None]
 
 # %% ../nbs/13_deep.ipynb #13-021
+_TRANSFER = 'cross-dataset', 'domain-generalisation'
+
 class MaPLe(PromptLearner):
     "Multi-modal prompt learning (Khattak et al. 2023, section 3.2)"
     method, learns_text, learns_image = 'maple', True, True
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         n_ctx:int=2,                      # tokens per layer, in both towers
-        depth:int|None=None,              # blocks with tokens of their own, J; None: 9 as in the paper, or all where there are fewer
-        ctx_init:str|None='a photo of a', # the first layer starts from the first n_ctx words, if there are so many
+        depth:int|None=None,              # blocks with tokens, J; None: 9 (paper) or all if fewer
+        ctx_init:str|None='a photo of a', # start of the first layer, if it has n_ctx words
         seed:int=0,
     ):
-        super().__init__(backbone, classnames, n_ctx=n_ctx, depth=depth, ctx_init=ctx_init, seed=seed)
+        super().__init__(backbone, classnames, n_ctx=n_ctx, depth=depth,
+                         ctx_init=ctx_init, seed=seed)
         blocks = min(backbone.text_layers, backbone.vision_layers)
-        depth = check_depth(min(9, blocks) if depth is None else depth, blocks, 'smaller')
-        self.ctx, words = word_start(backbone, n_ctx, depth, ctx_init, seed)
-        self.proj = Couplings(depth, backbone.text_width, backbone.vision_width, seed)
+        J = check_depth(min(9, blocks) if depth is None else depth, blocks, 'smaller')
+        self.ctx, words = word_start(backbone, n_ctx, J, ctx_init, seed)
+        self.proj = Couplings(J, backbone.text_width, backbone.vision_width, seed)
         self.sentences = place(backbone, self.classnames, n_ctx, words=words)
 
     def text_features(self) -> Tensor: # [C, E], unit rows
         return F.normalize(self.text(self.sentences, self.ctx), dim=-1)
 
     def image_features(self, images:Tensor) -> Tensor: # [B, E], unit rows
-        return F.normalize(self.vision(images, Given(self.proj(self.ctx.tokens))), dim=-1)
+        visual = Given(self.proj(self.ctx.tokens))
+        return F.normalize(self.vision(images, visual), dim=-1)
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
-        "Khattak et al. 2023, section 4.2. Few-shot classification has no published configuration; base-to-new's is used"
-        transfer = setting in ('cross-dataset', 'domain-generalisation')
-        return Recipe(lr=.0026 if transfer else .0035, epochs=2 if transfer else 5, batch_size=4, source='MaPLe, section 4.2; configurations vit_b16_c2_ep5_batch4_2ctx*')
+        """Khattak et al. 2023, section 4.2
+
+        Few-shot classification has no published configuration; base-to-new's is used."""
+        source = 'MaPLe, section 4.2; configurations vit_b16_c2_ep5_batch4_2ctx*'
+        if setting in _TRANSFER: return Recipe(lr=.0026, epochs=2, batch_size=4, source=source)
+        return Recipe(lr=.0035, epochs=5, batch_size=4, source=source)
 
     @classmethod
     def published(cls, setting='few-shot', shots=16, dataset='') -> dict:
-        return dict(depth=3) if setting in ('cross-dataset', 'domain-generalisation') else {}
+        return dict(depth=3) if setting in _TRANSFER else {}
