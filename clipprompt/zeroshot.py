@@ -28,7 +28,7 @@ class ZeroShot(PromptLearner):
     method = 'zero-shot'
 
     def __init__(self, backbone:Backbone, classnames:list[str],
-        templates:str|list[str]|None=None, # with one {} each; None: DEFAULT, in a protocol the set's
+        templates:str|list[str]|None=None, # one {} in each; None: DEFAULT, in a protocol the set's
     ):
         super().__init__(backbone, classnames, templates=templates)
         templates = DEFAULT if templates is None else templates
