@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SCORES', 'PROTOCOLS', 'NESTED', 'harmonic_mean', 'Method', 'pack_hits', 'unpack_hits', 'draw', 'few_shot',
-           'base_to_new', 'apart', 'cross', 'second_set', 'domain', 'protocol', 'usual_shots', 'summary', 'overall',
+           'base_to_new', 'cross', 'apart', 'second_set', 'domain', 'protocol', 'usual_shots', 'summary', 'overall',
            'run_id', 'record', 'write_record', 'write_table', 'read_records', 'known_runs', 'rerun']
 
 # %% ../nbs/07_protocols.ipynb #07-003
-import base64, hashlib, json, math
+import base64
+import hashlib
+import json
+import math
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from inspect import signature
@@ -30,241 +33,424 @@ from .training import evaluate, fit
 # %% ../nbs/07_protocols.ipynb #07-007
 def harmonic_mean(base:float, new:float) -> float:
     "Of two accuracies in percent; NaN when one is missing, 0 when one is 0"
-    return 2*base*new/(base+new) if base+new > 0 else (0. if base+new == 0 else math.nan)
+    if base+new > 0: return 2*base*new/(base+new)
+    return 0. if base+new == 0 else math.nan
 
 # %% ../nbs/07_protocols.ipynb #07-010
-SETTINGS = dict(cross='cross-dataset', domain='domain-generalisation')   # what a recipe calls them; the other names are the same
+# What a recipe calls them; the other names are the same
+SETTINGS = dict(cross='cross-dataset', domain='domain-generalisation')
 
 @dataclass(frozen=True)
 class Method:
     "How to make and train a learner"
-    cls:type                      # a PromptLearner
-    hparams:dict|None=None        # for its constructor
-    recipe:Recipe|None=None       # the paper's where None
+    cls:type                  # a PromptLearner
+    hparams:dict|None=None    # for its constructor
+    recipe:Recipe|None=None   # the paper's where None
 
     @property
     def name(self) -> str: return self.cls.method
 
     def planned(self, protocol:str, shots:int, dataset:str) -> Recipe|None:
         "Its own recipe, else the paper's for a protocol; None where there is nothing to train"
-        return self.recipe or (self.cls.recipe(SETTINGS.get(protocol, protocol), shots, dataset) if self.cls.recipe.__func__ is not PromptLearner.recipe.__func__ else None)
+        if self.recipe: return self.recipe
+        nobody_said = self.cls.recipe.__func__ is PromptLearner.recipe.__func__
+        if nobody_said: return None
+        return self.cls.recipe(SETTINGS.get(protocol, protocol), shots, dataset)
 
-    def train(self, backbone:Backbone, data:DataSet, seed:int, recipe:Recipe|None=None, checkpoint:str|Path|None=None, progress:bool=False, tracker=None) -> PromptLearner:
+    def train(self, backbone:Backbone, data:DataSet, seed:int, recipe:Recipe|None=None,
+              checkpoint:str|Path|None=None, progress:bool=False, tracker=None) -> PromptLearner:
         "A learner trained on the data set's training split"
-        seeded = dict(seed=seed) if any('seed' in signature(c).parameters for c in self.cls.__mro__[:-1]) else {}
+        seeded = dict(seed=seed) if _takes_seed(self.cls) else {}
         learner = self.cls(backbone, data.classnames, **(self.hparams or {}), **seeded)
         if hasattr(learner, 'choose'): learner = learner.choose(data)
         fit(learner, data, recipe or self.recipe, seed, checkpoint, progress, tracker=tracker)
         return learner
 
+def _takes_seed(cls:type) -> bool:
+    "Also where only a class that it inherits from names `seed`"
+    return any('seed' in signature(c).parameters for c in cls.__mro__[:-1])
+
 # %% ../nbs/07_protocols.ipynb #07-012
 def pack_hits(hits:Tensor) -> str: # [N] bool
     "Which test images were right, as text: 'N:base64 of the bits'"
-    return f'{len(hits)}:{base64.b64encode(np.packbits(hits.numpy())).decode()}'
+    bits = np.packbits(hits.numpy())
+    return f'{len(hits)}:{base64.b64encode(bits).decode()}'
 
 def unpack_hits(text:str) -> np.ndarray: # [N] bool
     n, _, bits = text.partition(':')
-    return np.unpackbits(np.frombuffer(base64.b64decode(bits), np.uint8))[:int(n)].astype(bool)
+    octets = np.frombuffer(base64.b64decode(bits), np.uint8)
+    return np.unpackbits(octets)[:int(n)].astype(bool)
 
 # %% ../nbs/07_protocols.ipynb #07-014
 SCORES = 'base', 'new', 'h', 'accuracy', 'source'
 
 def _row(method, protocol, data, shots, seed, start, learner, hits={}, **scores) -> dict:
-    tested = {k: s for k, s in scores.items() if not isinstance(s, float)}
-    return dict(method=method.name, protocol=protocol, task=data.task if data.name == 'pictograms' else _called(data), shots=shots, seed=seed) | dict.fromkeys(SCORES, math.nan) | scores | {k: s.accuracy for k, s in tested.items()} | dict(
-        seconds=perf_counter()-start, trainable=sum(p.numel() for p in learner.parameters())) | {f'hits_{k}': pack_hits(s.hits) for k, s in (tested | hits).items()}
+    "What was run, its scores, what it cost and which images were right; `hits` may add some"
+    task = data.task if data.name == 'pictograms' else _called(data)
+    row = dict(method=method.name, protocol=protocol, task=task, shots=shots, seed=seed)
+    row |= dict.fromkeys(SCORES, math.nan)
+    tested = {name: s for name, s in scores.items() if not isinstance(s, float)}
+    row |= scores | {name: evaluation.accuracy for name, evaluation in tested.items()}
+    row['seconds'] = perf_counter()-start
+    row['trainable'] = sum(p.numel() for p in learner.parameters())
+    for name, evaluation in (tested | hits).items():
+        row[f'hits_{name}'] = pack_hits(evaluation.hits)
+    return row
 
 def _called(data:DataSet) -> str: return f'{data.name}/{data.task}' if data.task else data.name
 
 def draw(data:DataSet, shots:int, seed:int=1) -> DataSet:
-    "Few shots. Classes of the public sets that have fewer keep all, as in the papers; in your own data that is an error"
+    """
+    Few shots
+
+    Classes of the public sets that have fewer keep all, as in the papers; in your own data that is
+    an error.
+    """
     return data.few_shot(shots, seed, allow_fewer=data.name in PUBLIC)
 
 # %% ../nbs/07_protocols.ipynb #07-016
 def few_shot(
     method:Method, backbone:Backbone, data:DataSet,
-    shots:int=16,             # K training images per class
-    seed:int=1,               # of the draw, the order, the augmentation and the initialisation
-    recipe:Recipe|None=None,  # overrides the method's
-    **how,                    # checkpoint, progress, tracker, for `Method.train`
+    shots:int=16,            # K training images per class
+    seed:int=1,              # of the draw, the order, the augmentation and the initialisation
+    recipe:Recipe|None=None, # overrides the method's
+    **how,                   # checkpoint, progress, tracker, for `Method.train`
 ) -> dict:
-    "Train on K images of every class, test on all classes; `accuracy` in percent (Zhou et al. 2022, CoOp, section 4.1)"
-    start, data = perf_counter(), draw(data, shots, seed)
-    learner = method.train(backbone, data, seed, recipe or method.planned('few-shot', shots, data.name), **how)
-    return _row(method, 'few-shot', data, shots, seed, start, learner, accuracy=evaluate(learner, data))
+    """
+    Train on K images of every class, test on all classes; `accuracy` in percent
 
-def base_to_new(method:Method, backbone:Backbone, data:DataSet, shots:int=16, seed:int=1, recipe:Recipe|None=None, **how) -> dict:
-    "Train on the base half, test on both halves with their own names; `base`, `new`, `h` in percent (Zhou et al. 2022, CoCoOp, section 4.1)"
+    Zhou et al. 2022, CoOp, section 4.1.
+    """
+    start, data = perf_counter(), draw(data, shots, seed)
+    recipe = recipe or method.planned('few-shot', shots, data.name)
+    learner = method.train(backbone, data, seed, recipe, **how)
+    return _row(method, 'few-shot', data, shots, seed, start, learner,
+                accuracy=evaluate(learner, data))
+
+def base_to_new(method:Method, backbone:Backbone, data:DataSet, shots:int=16, seed:int=1,
+                recipe:Recipe|None=None, **how) -> dict:
+    """
+    Train on the base half, test on both halves with their own names
+
+    `base`, `new` and `h` in percent (Zhou et al. 2022, CoCoOp, section 4.1).
+    """
     start, data = perf_counter(), draw(data, shots, seed)
     base, new = data.base(), data.new()
-    learner = method.train(backbone, base, seed, recipe or method.planned('base-to-new', shots, data.name), **how)
-    b = evaluate(learner, base)
-    n = evaluate(learner.for_classes(new.classnames), new) if learner.transfers else math.nan
-    return _row(method, 'base-to-new', data, shots, seed, start, learner, base=b, new=n, h=harmonic_mean(b.accuracy, n.accuracy) if learner.transfers else math.nan)
+    recipe = recipe or method.planned('base-to-new', shots, data.name)
+    learner = method.train(backbone, base, seed, recipe, **how)
+    on_base, on_new, h = evaluate(learner, base), math.nan, math.nan
+    if learner.transfers:
+        on_new = evaluate(learner.for_classes(new.classnames), new)
+        h = harmonic_mean(on_base.accuracy, on_new.accuracy)
+    return _row(method, 'base-to-new', data, shots, seed, start, learner,
+                base=on_base, new=on_new, h=h)
 
 # %% ../nbs/07_protocols.ipynb #07-018
+def cross(method:Method, backbone:Backbone, data:DataSet, shots:int=16, seed:int=1,
+    recipe:Recipe|None=None,
+    targets:list[DataSet]|None=None, # to test on; for Pictograms its second set in the same domain
+    **how,
+) -> dict:
+    """
+    Train on K images of every class, test on other data sets with their own names
+
+    `source` and `accuracy`, the mean over targets, in percent (Zhou et al. 2022, CoCoOp, sections
+    4.2 and 4.3).
+    """
+    targets = targets or [second_set(data)]
+    apart(targets)
+    start, data = perf_counter(), draw(data, shots, seed)
+    recipe = recipe or method.planned('cross', shots, data.name)
+    learner = method.train(backbone, data, seed, recipe, **how)
+    there = {}
+    if learner.transfers:
+        for t in targets: there[_called(t)] = evaluate(_bound(method, learner, t), t)
+    by_target = {name: evaluation.accuracy for name, evaluation in there.items()}
+    mean = sum(by_target.values())/len(by_target) if by_target else math.nan
+    only_one = len(targets) == 1
+    hits = {'accuracy' if only_one else name: evaluation for name, evaluation in there.items()}
+    row = _row(method, 'cross', data, shots, seed, start, learner, hits,
+               source=evaluate(learner, data), accuracy=mean)
+    return row if only_one else row | dict(by_target=by_target)
+
+# %% ../nbs/07_protocols.ipynb #07-018b
 def apart(sets:list[DataSet]):
     "Raises DataError where two data sets would have one name in a table"
     names = [_called(d) for d in sets]
-    if twice := {n for n in names if names.count(n) > 1}: raise DataError(f"two data sets are called '{min(twice)}'; rename the folder of one")
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise DataError(f"two data sets are called '{min(twice)}'; rename the folder of one")
 
 def _bound(method:Method, learner:PromptLearner, target:DataSet) -> PromptLearner:
-    "A learner for a target's classes. A hand-written sentence is the target's own, unless one was given"
-    plain = method.name == 'zero-shot' and hasattr(learner, 'choose') and not (method.hparams or {}).get('templates')
-    return method.cls(learner.backbone, target.classnames).choose(target) if plain else learner.for_classes(target.classnames)
-
-def cross(method:Method, backbone:Backbone, data:DataSet, shots:int=16, seed:int=1, recipe:Recipe|None=None,
-    targets:list[DataSet]|None=None,  # to test on; for Pictograms its second data set in the same domain
-    **how,
-) -> dict:
-    "Train on K images of every class, test on other data sets with their own names; `source` and `accuracy`, the mean over targets, in percent (Zhou et al. 2022, CoCoOp, sections 4.2 and 4.3)"
-    apart(targets := targets or [second_set(data)])
-    start, data = perf_counter(), draw(data, shots, seed)
-    learner = method.train(backbone, data, seed, recipe or method.planned('cross', shots, data.name), **how)
-    there = {_called(t): evaluate(_bound(method, learner, t), t) for t in targets} if learner.transfers else {}
-    mean, alone = sum(t.accuracy for t in there.values())/len(there) if there else math.nan, len(targets) == 1
-    return _row(method, 'cross', data, shots, seed, start, learner, hits={'accuracy' if alone else k: t for k, t in there.items()},
-        source=evaluate(learner, data), accuracy=mean) | (dict(by_target={k: t.accuracy for k, t in there.items()}) if not alone else {})
+    "A learner for a target's classes; a written sentence is the target's, unless one was given"
+    chooses = method.name == 'zero-shot' and hasattr(learner, 'choose')
+    if not chooses or (method.hparams or {}).get('templates'):
+        return learner.for_classes(target.classnames)
+    return method.cls(learner.backbone, target.classnames).choose(target)
 
 def second_set(data:DataSet) -> DataSet:
-    "What `cross` tests on after training on Pictograms. Raises DataError for other data"
-    if data.name != 'pictograms' or data.task not in TASKS['emoji']: raise DataError(f"'{_called(data)}' has no second data set to test on; name some with targets= (--targets), or train on a domain of pictograms ({', '.join(TASKS['emoji'])})")
+    """
+    What `cross` tests on after training on Pictograms
+
+    Raises DataError for other data.
+    """
+    if data.name != 'pictograms' or data.task not in TASKS['emoji']:
+        raise DataError(f"'{_called(data)}' has no second data set to test on; name some with "
+                        'targets= (--targets), or train on a domain of pictograms '
+                        f"({', '.join(TASKS['emoji'])})")
     return load_dataset('emoji', task=data.task)
 
 # %% ../nbs/07_protocols.ipynb #07-020
-def domain(method:Method, backbone:Backbone, data:DataSet, shots:int=16, seed:int=1, recipe:Recipe|None=None, **how) -> dict:
-    "Train on K images of each class and source domain, test on the domain left out; `accuracy` in percent. `data` comes from chapter 04's `join` (Zhao et al. 2024)"
-    if not data.by_domain: raise DataError(f"'{data.name}' is one domain; join several: join([load_dataset(task=t) for t in sources], target)")
+def domain(method:Method, backbone:Backbone,
+    data:DataSet, # of several domains, from the data chapter's `join`
+    shots:int=16, seed:int=1, recipe:Recipe|None=None, **how
+) -> dict:
+    """
+    Train on K images of each class and source domain, test on the domain left out
+
+    `accuracy` in percent (Zhao et al. 2024).
+    """
+    if not data.by_domain:
+        raise DataError(f"'{data.name}' is one domain; join several: "
+                        'join([load_dataset(task=t) for t in sources], target)')
     start, data = perf_counter(), draw(data, shots, seed)
-    learner = method.train(backbone, data, seed, recipe or method.planned('domain', shots, data.name), **how)
-    return _row(method, 'domain', data, shots, seed, start, learner, accuracy=evaluate(learner, data))
+    recipe = recipe or method.planned('domain', shots, data.name)
+    learner = method.train(backbone, data, seed, recipe, **how)
+    return _row(method, 'domain', data, shots, seed, start, learner,
+                accuracy=evaluate(learner, data))
 
 PROTOCOLS = {'few-shot': few_shot, 'base-to-new': base_to_new, 'cross': cross, 'domain': domain}
 
 def protocol(name:str) -> Callable[..., dict]:
     "A protocol by its name. Raises ValueError that suggests the nearest"
-    if name not in PROTOCOLS: raise ValueError(f"unknown protocol '{name}'; {nearest(name, PROTOCOLS)}")
+    if name not in PROTOCOLS:
+        raise ValueError(f"unknown protocol '{name}'; {nearest(name, PROTOCOLS)}")
     return PROTOCOLS[name]
 
 def usual_shots(protocol_name:str) -> int:
-    "Where nobody says: 16 images of each class, as the papers' main tables; 4 of each class and source domain"
+    """
+    Where nobody says
+
+    16 images of each class, as the papers' main tables; 4 of each class and source domain.
+    """
     return 4 if protocol_name == 'domain' else 16
 
 # %% ../nbs/07_protocols.ipynb #07-030
-def summary(rows:pd.DataFrame) -> pd.DataFrame: # one line per protocol, task, shots and method (and backbone, if there are several)
-    "Means over seeds, H of the means, population spread"
-    keys = ['protocol', 'task', 'shots', 'method', *(['backbone'] if 'backbone' in rows and rows.backbone.nunique() > 1 else [])]
+def summary(rows:pd.DataFrame) -> pd.DataFrame: # one line per protocol, task, shots and method
+    "Means over seeds, H of the means, population spread; several backbones are kept apart"
+    keys = ['protocol', 'task', 'shots', 'method']
+    if 'backbone' in rows and rows.backbone.nunique() > 1: keys.append('backbone')
+    scores = ['base', 'new', 'accuracy']
+    if 'source' in rows: scores.append('source')
     groups = rows.groupby(keys, sort=False)
-    values = ['base', 'new', 'accuracy', *(['source'] if 'source' in rows else [])]
-    table = groups[values].mean().join(groups[values].std(ddof=0).add_suffix('_std')).join(groups.agg(seconds=('seconds', 'mean'), trainable=('trainable', 'first'), seeds=('seed', 'nunique')))
-    table.insert(2, 'h', [harmonic_mean(b, n) for b, n in zip(table.base, table.new)])
-    return table.reset_index()
+    spread = groups[scores].std(ddof=0).add_suffix('_std')
+    cost = groups.agg(seconds=('seconds', 'mean'), trainable=('trainable', 'first'),
+                      seeds=('seed', 'nunique'))
+    return _with_h(groups[scores].mean().join(spread).join(cost)).reset_index()
+
+def _with_h(table:pd.DataFrame) -> pd.DataFrame:
+    h = [harmonic_mean(base, new) for base, new in zip(table.base, table.new)]
+    table.insert(2, 'h', h)
+    return table
 
 # %% ../nbs/07_protocols.ipynb #07-033
 def overall(rows:pd.DataFrame) -> pd.DataFrame: # one line per (protocol, shots, method)
     "Means over tasks of means over seeds, H of those, for methods that have every task"
     s = summary(rows)
     groups = s.groupby(['protocol', 'shots', 'method'], sort=False)
-    table = groups[[c for c in ('base', 'new', 'accuracy', 'source') if c in s]].mean().join(groups.agg(seconds=('seconds', 'mean'), trainable=('trainable', 'max'), seeds=('seeds', 'min'), tasks=('task', 'nunique')))
-    table.insert(2, 'h', [harmonic_mean(b, n) for b, n in zip(table.base, table.new)])
-    table = table.reset_index()
-    return table[table.tasks == table.groupby(['protocol', 'shots']).tasks.transform('max')].reset_index(drop=True)
+    scores = [c for c in ('base', 'new', 'accuracy', 'source') if c in s]
+    cost = groups.agg(seconds=('seconds', 'mean'), trainable=('trainable', 'max'),
+                      seeds=('seeds', 'min'), tasks=('task', 'nunique'))
+    table = _with_h(groups[scores].mean().join(cost)).reset_index()
+    every_task = table.groupby(['protocol', 'shots']).tasks.transform('max')
+    return table[table.tasks == every_task].reset_index(drop=True)
 
 # %% ../nbs/07_protocols.ipynb #07-036
-def run_id(method:Method, recipe:Recipe|None, protocol_name:str, data:str, shots:int, seed:int, backbone:Backbone,
+def run_id(method:Method, recipe:Recipe|None, protocol_name:str, data:str, shots:int, seed:int,
+    backbone:Backbone,
     targets:list[str]=(), # fingerprints, as `data` is one
 ) -> str: # 16 hex digits
-    "The name of a run: over method, hyper-parameters, recipe, protocol, data, shots, seed, weights, precision and version"
-    precision = backbone.precision or (None if backbone.dtype == torch.float32 else str(backbone.dtype))
-    what = method.name, method.hparams, asdict(recipe) if recipe else None, protocol_name, data, shots, seed, backbone.fingerprint, precision, *targets, __version__
+    """
+    The name of a run
+
+    Over method, hyper-parameters, recipe, protocol, data, shots, seed, weights, precision and
+    version.
+    """
+    precision = backbone.precision
+    if precision is None and backbone.dtype != torch.float32: precision = str(backbone.dtype)
+    what = [method.name, method.hparams, asdict(recipe) if recipe else None, protocol_name, data,
+            shots, seed, backbone.fingerprint, precision, *targets, __version__]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/07_protocols.ipynb #07-037
-def record(method:Method, protocol_name:str, backbone:Backbone, data:DataSet, shots:int=16, seed:int=1, recipe:Recipe|None=None, targets:list[DataSet]|None=None,
+def record(
+    method:Method, protocol_name:str, backbone:Backbone, data:DataSet,
+    shots:int=16, seed:int=1, recipe:Recipe|None=None, targets:list[DataSet]|None=None,
     mark:str|None=None, # the data's fingerprint, where it is known
     **how,              # checkpoint, progress, tracker, for `Method.train`
 ) -> dict:
-    "Run a protocol; its row, with all that it takes to run it again. Raises ValueError for targets of a protocol that has none"
-    if targets and protocol_name != 'cross': raise ValueError(f"protocol '{protocol_name}' has no targets; leave them out (--targets), or use cross")
+    """
+    Run a protocol; its row, with all that it takes to run it again
+
+    Raises ValueError for targets of a protocol that has none.
+    """
+    if targets:
+        if protocol_name != 'cross':
+            raise ValueError(f"protocol '{protocol_name}' has no targets; "
+                             'leave them out (--targets), or use cross')
+        how['targets'] = targets
     recipe = recipe or method.planned(protocol_name, shots, data.name)
-    row = protocol(protocol_name)(method, backbone, data, shots, seed, recipe, **how, **(dict(targets=targets) if targets else {}))
-    device, mark, marks = backbone.device, mark or data.fingerprint, [t.fingerprint for t in targets or ()]
-    return row | dict(hparams=method.hparams, recipe=recipe and asdict(recipe), data=data.origin, split=data.split or None, targets=[t.origin for t in targets or ()], marks=[mark, *marks],
-        backbone=backbone.name, pretrained=backbone.pretrained, fingerprint=backbone.fingerprint, precision=backbone.precision, dtype=str(backbone.dtype)[6:], device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
-        torch=torch.__version__, version=__version__, made=f'{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC', run=run_id(method, recipe, protocol_name, mark, shots, seed, backbone, marks))
+    row = protocol(protocol_name)(method, backbone, data, shots, seed, recipe, **how)
+    targets, mark = targets or [], mark or data.fingerprint
+    marks = [t.fingerprint for t in targets]
+    row |= dict(hparams=method.hparams, recipe=asdict(recipe) if recipe else None,
+                data=data.origin, split=data.split or None,
+                targets=[t.origin for t in targets], marks=[mark, *marks])
+    run = run_id(method, recipe, protocol_name, mark, shots, seed, backbone, marks)
+    return row | _about(backbone) | dict(run=run)
+
+def _about(backbone:Backbone) -> dict:
+    "Weights, precision, machine and software"
+    device = backbone.device
+    gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
+    return dict(backbone=backbone.name, pretrained=backbone.pretrained,
+                fingerprint=backbone.fingerprint, precision=backbone.precision,
+                dtype=str(backbone.dtype)[6:], device=gpu or device.type,
+                torch=torch.__version__, version=__version__,
+                made=f'{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC')
 
 # %% ../nbs/07_protocols.ipynb #07-040
 NESTED = 'hparams', 'recipe', 'data', 'targets', 'marks', 'by_target'
 
 def write_record(folder:str|Path, rec:dict):
     "As FOLDER/RUN.json"
-    text = json.dumps({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in rec.items()}, indent=1)
+    is_nan = lambda v: isinstance(v, float) and math.isnan(v)
+    text = json.dumps({k: None if is_nan(v) else v for k, v in rec.items()}, indent=1)
     write_safely(Path(folder)/f"{rec['run']}.json", lambda tmp: tmp.write_text(text))
 
 def write_table(path:str|Path, records:list[dict]):
     "As one CSV file, scores with four digits"
-    cells = [{k: json.dumps(v) if k in NESTED and v is not None else round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in records]
-    write_safely(path, lambda tmp: pd.DataFrame(cells).to_csv(tmp, index=False))
+    table = pd.DataFrame([{k: _cell(k, v) for k, v in rec.items()} for rec in records])
+    write_safely(path, lambda tmp: table.to_csv(tmp, index=False))
+
+def _cell(name:str, value):
+    if name in NESTED and value is not None: return json.dumps(value)
+    return round(value, 4) if isinstance(value, float) else value
+
+def _value(name:str, text:str):
+    "What a cell held: nothing, JSON, a number where the column holds numbers, else text"
+    if text == '': return None
+    if name in NESTED: return json.loads(text)
+    if name in ('shots', 'seed', 'trainable'): return int(text)
+    return float(text) if name in (*SCORES, 'seconds') else text
 
 # %% ../nbs/07_protocols.ipynb #07-041
-def _checked(rec:dict, path:Path) -> dict:
-    if not isinstance(rec, dict) or (missing := {'method', 'protocol', 'task', 'shots', 'seed', 'run', *SCORES[:4]} - rec.keys()):
-        raise ValueError(f"{path} holds no record of a run{f' ({sorted(missing)[0]} is missing)' if isinstance(rec, dict) else ''}; records are written by `clipprompt compare` and `clipprompt sweep`")
-    return rec | {k: math.nan for k in SCORES if rec.get(k) is None}
-
-def _one(path:Path) -> dict:
-    try: return _checked(json.loads(path.read_text()), path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{path} is damaged ({e}); move it away, and what it held will be run again') from None
-
 def read_records(path:str|Path) -> list[dict]:
-    "From a record, a table, or the folder of a comparison or a sweep. Raises FileNotFoundError or ValueError"
+    """
+    From a record, a table, or the folder of a comparison or a sweep
+
+    Raises FileNotFoundError or ValueError.
+    """
     path = Path(path)
     if path.is_dir():
-        if files := sorted(path.glob('*.json')) or sorted(path.glob('records/*.json')): return [_one(f) for f in files]
+        files = sorted(path.glob('*.json')) or sorted(path.glob('records/*.json'))
+        if files: return [_one(f) for f in files]
         path = path/'results.csv'
-    if not path.is_file(): raise FileNotFoundError(f'there are no records at {path}; give a .json record, a folder of them, or a results.csv')
-    if path.suffix != '.csv': return [_one(path)]
-    try: rows = pd.read_csv(path, dtype=str, keep_default_na=False)   # a class folder may be called 2024 or null
-    except (ValueError, OSError) as e: raise ValueError(f"{path} cannot be read ({' '.join(str(e).split())[:100]}); move it away or choose another folder") from None
-    if 'run' not in rows or not rows.run.is_unique: raise ValueError(f'{path} was not written by this version of clipprompt; move it away or choose another folder')
-    try: return [_checked({k: _value(k, v) for k, v in r.items()}, path) for r in rows.to_dict('records')]
-    except (TypeError, json.JSONDecodeError) as e: raise ValueError(f'{path} is damaged ({e}); move it away or choose another folder') from None
+    if not path.is_file():
+        raise FileNotFoundError(f'there are no records at {path}; give a .json record, '
+                                'a folder of them, or a results.csv')
+    return _all_of(path) if path.suffix == '.csv' else [_one(path)]
 
 def known_runs(path:str|Path) -> dict[str, dict]:
     "Records by their run; none where there is nothing yet"
-    return {r['run']: r for r in read_records(path)} if Path(path).exists() else {}
+    return {rec['run']: rec for rec in read_records(path)} if Path(path).exists() else {}
 
-def _value(name:str, text:str):
-    "A cell: nothing, JSON, a number where the column holds numbers, else text"
-    if text == '': return None
-    if name in NESTED: return json.loads(text)
-    return int(text) if name in ('shots', 'seed', 'trainable') else float(text) if name in (*SCORES, 'seconds') else text
+# %% ../nbs/07_protocols.ipynb #07-041b
+def _one(path:Path) -> dict:
+    "The record of a JSON file"
+    try: return _checked(json.loads(path.read_text()), path)
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f'{path} is damaged ({e}); move it away, '
+                         'and what it held will be run again') from None
+
+def _all_of(path:Path) -> list[dict]:
+    "The records of a table"
+    cure = 'move it away or choose another folder'
+    try: rows = pd.read_csv(path, dtype=str, keep_default_na=False)  # a class may be called null
+    except (ValueError, OSError) as e:
+        why = ' '.join(str(e).split())[:100]
+        raise ValueError(f'{path} cannot be read ({why}); {cure}') from None
+    if 'run' not in rows or not rows.run.is_unique:
+        raise ValueError(f'{path} was not written by this version of clipprompt; {cure}')
+    try:
+        records = [{k: _value(k, v) for k, v in row.items()} for row in rows.to_dict('records')]
+        return [_checked(rec, path) for rec in records]
+    except (TypeError, json.JSONDecodeError) as e:
+        raise ValueError(f'{path} is damaged ({e}); {cure}') from None
+
+def _checked(rec:dict, path:Path) -> dict:
+    "A record whose missing scores are NaN"
+    cure = 'records are written by `clipprompt compare` and `clipprompt sweep`'
+    if not isinstance(rec, dict): raise ValueError(f'{path} holds no record of a run; {cure}')
+    missing = {'method', 'protocol', 'task', 'shots', 'seed', 'run', *SCORES[:4]} - rec.keys()
+    if missing:
+        raise ValueError(f'{path} holds no record of a run ({min(missing)} is missing); {cure}')
+    return rec | {k: math.nan for k in SCORES if rec.get(k) is None}
 
 # %% ../nbs/07_protocols.ipynb #07-045
+def rerun(rec:dict,
+    cls:type,                      # of its method
+    # where the data lie now, if they moved: the folder of the public sets, or your own folder or
+    # the one it is in
+    root:str|Path|None=None,
+    pretrained:str|Path|None=None, # where the weights lie now
+    device:str|None=None,
+    **how,                         # checkpoint, progress, tracker, for `Method.train`
+) -> dict: # a record
+    """
+    Run a record again
+
+    Raises ValueError if data or weights are not what they were, or the record does not say how it
+    was made.
+    """
+    _must_be_complete(rec)
+    origins = [rec['data'], *(rec.get('targets') or [])]
+    data, *targets = [load_dataset(**_moved(origin, root)) for origin in origins]
+    for d, mark in zip([data, *targets], rec['marks']):
+        _must_be(f"data set '{_called(d)}'", mark, d.fingerprint,
+                 'find the old files and give their folder as root= (--root)')
+    model, _, _ = rec['backbone'].partition('/')
+    backbone = load_backbone(model, pretrained or rec['pretrained'], device,
+                             getattr(torch, rec['dtype']), rec['precision'])
+    _must_be(f"backbone '{backbone.name}'", rec['fingerprint'], backbone.fingerprint,
+             'give the old weights as pretrained= (--pretrained)')
+    try: recipe = Recipe(**rec['recipe']) if rec['recipe'] else None
+    except TypeError as e:
+        raise ValueError(f"record {rec['run']} has a recipe of another version ({e}); "
+                         'it cannot be run again') from None
+    return record(Method(cls, rec['hparams']), rec['protocol'], backbone, data,
+                  int(rec['shots']), int(rec['seed']), recipe, targets or None, **how)
+
+# %% ../nbs/07_protocols.ipynb #07-045b
+def _must_be_complete(rec:dict):
+    if not (rec.get('data') and rec.get('marks')):
+        raise ValueError(f"record {rec['run']} does not say where its data came from: "
+                         'they were made in memory; call `record` with them')
+    needed = {'backbone', 'pretrained', 'precision', 'dtype', 'fingerprint', 'hparams', 'recipe'}
+    missing = needed - rec.keys()
+    if missing:
+        raise ValueError(f"record {rec['run']} lacks {min(missing)}; it cannot be run again")
+
+def _must_be(what:str, theirs:str, ours:str, cure:str):
+    if theirs == ours: return
+    raise ValueError(f"{what} is not the record's: fingerprint {ours} instead of {theirs}; {cure}")
+
 def _moved(origin:dict, root:str|Path|None) -> dict:
     "Where a data set lies now"
-    if not root or origin['name'] in TASKS and origin['name'] not in PUBLIC: return origin     # Pictograms came with the package
-    if origin['name'] in PUBLIC: return origin | dict(root=str(root))
+    name = origin['name']
+    if not root: return origin
+    if name in PUBLIC: return origin | dict(root=str(root))
+    if name in TASKS: return origin  # came with the package
     here = Path(root).expanduser().absolute()
-    return origin | dict(name=str(p if (p := here/Path(origin['name']).name).exists() else here))
-
-def _same(what:str, theirs:str, ours:str, cure:str):
-    if theirs != ours: raise ValueError(f"{what} is not the record's: fingerprint {ours} instead of {theirs}; {cure}")
-
-def rerun(rec:dict,
-    cls:type,                       # of its method
-    root:str|Path|None=None,        # where the data lie now, if they moved: the folder of the public sets, or your own folder or the one it is in
-    pretrained:str|Path|None=None,  # where the weights lie now
-    device:str|None=None,
-    **how,                          # checkpoint, progress, tracker, for `Method.train`
-) -> dict: # a record
-    "Run a record again. Raises ValueError if data or weights are not what they were, or the record does not say how it was made"
-    if not (rec.get('data') and rec.get('marks')): raise ValueError(f"record {rec['run']} does not say where its data came from: they were made in memory; call `record` with them")
-    if missing := {'backbone', 'pretrained', 'precision', 'dtype', 'fingerprint', 'hparams', 'recipe'} - rec.keys(): raise ValueError(f"record {rec['run']} lacks {min(missing)}; it cannot be run again")
-    sets = [load_dataset(**_moved(origin, root)) for origin in (rec['data'], *(rec.get('targets') or ()))]
-    for d, mark in zip(sets, rec['marks']): _same(f"data set '{_called(d)}'", mark, d.fingerprint, 'find the old files and give their folder as root= (--root)')
-    backbone = load_backbone(rec['backbone'].partition('/')[0], pretrained or rec['pretrained'], device, getattr(torch, rec['dtype']), rec['precision'])
-    _same(f"backbone '{backbone.name}'", rec['fingerprint'], backbone.fingerprint, 'give the old weights as pretrained= (--pretrained)')
-    try: method, recipe = Method(cls, rec['hparams']), rec['recipe'] and Recipe(**rec['recipe'])
-    except TypeError as e: raise ValueError(f"record {rec['run']} has a recipe of another version ({e}); it cannot be run again") from None
-    return record(method, rec['protocol'], backbone, sets[0], int(rec['shots']), int(rec['seed']), recipe, sets[1:] or None, **how)
+    inside = here/Path(name).name
+    return origin | dict(name=str(inside if inside.exists() else here))
