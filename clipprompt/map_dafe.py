@@ -22,48 +22,72 @@ from .towers import TextTower, VisionTower, run_beside, run_block
 GATES = ('scalar', 'token', 'channel', 'conditional', 'fixed')
 RATE = 10.   # how much faster a gate's logit learns than a token
 
+def _check_gate(share, gate, form, scale):
+    if not 0 <= share <= 1:
+        raise ValueError('a gate is a share: choose it between 0 (deep prompts) '
+                         f'and 1 (shallow prompts), not {share}')
+    if gate not in GATES: raise ValueError(f"unknown gate '{gate}'; {nearest(gate, GATES)}")
+    if form not in ('convex', 'additive'):
+        raise ValueError(f"unknown form '{form}'; use 'convex' or 'additive'")
+    positive = isinstance(scale, (int, float)) and scale > 0
+    if scale != 'dynamic' and not positive:
+        raise ValueError(f"scale is a positive number or 'dynamic', not {scale!r}")
+
+# %% ../nbs/17_map_dafe.ipynb #17-007b
 class Gated(Prompts):
-    "Tokens mixed with what came out of the block before, in shares that are learned (our reconstruction of DAFE). Raises ValueError"
+    """Tokens mixed with what came out of the block before, in shares that are learned
+
+    Our reconstruction of DAFE. Raises ValueError for a share, gate, form or scale it can't be."""
     def __init__(self,
-        n:int,               # tokens per block
-        width:int,           # of the tower, D
-        depth:int,           # blocks with tokens, J
-        share:float=.9,      # of the carried output at the start, in [0, 1]; 0 and 1 stay
-        gate:str='scalar',   # one per block, 'token' or 'channel', 'conditional' on what came out, or 'fixed'
-        form:str='convex',   # g O + (1-g) P, or 'additive': g O + P
-        scale:float|str=1.,  # of the learned tokens from block 1 on; 'dynamic' gives them the length of what came out
-        detach:bool=False,   # stop the gradient through what is carried
+        n:int,              # tokens per block
+        width:int,          # of the tower, D
+        depth:int,          # blocks with tokens, J
+        share:float=.9,     # of the carried output at the start, in [0, 1]; 0 and 1 stay
+        gate:str='scalar',  # one per block, 'token' or 'channel', 'conditional', or 'fixed'
+        form:str='convex',  # γ O + (1-γ) P, or 'additive': γ O + P
+        scale:float|str=1., # of learned tokens from block 1 on; 'dynamic': as long as what came out
+        detach:bool=False,  # stop the gradient through what is carried
         seed:int=0,
     ):
         super().__init__(n, width, depth, seed=seed)
-        if not 0 <= share <= 1: raise ValueError(f'a gate is a share: choose it between 0 (deep prompts) and 1 (shallow prompts), not {share}')
-        if gate not in GATES: raise ValueError(f"unknown gate '{gate}'; {nearest(gate, GATES)}")
-        if form not in ('convex', 'additive'): raise ValueError(f"unknown form '{form}'; use 'convex' or 'additive'")
-        if scale != 'dynamic' and not (isinstance(scale, (int, float)) and scale > 0): raise ValueError(f"scale is a positive number or 'dynamic', not {scale!r}")
+        _check_gate(share, gate, form, scale)
         self.share, self.form, self.scale, self.detach = share, form, scale, detach
         self.learned = gate != 'fixed' and 0 < share < 1 and depth > 1
-        if self.learned:
-            self.logits = nn.Parameter(torch.zeros(depth-1, *dict(token=(n, 1), channel=(1, width)).get(gate, (1, 1))))   # b: [J-1, n or 1, D or 1]
-            if gate == 'conditional': self.look = nn.Parameter(torch.zeros(depth-1, width))                            # v: [J-1, D]
+        if not self.learned: return
+        shape = dict(token=(n, 1), channel=(1, width)).get(gate, (1, 1))
+        self.logits = nn.Parameter(torch.zeros(depth-1, *shape))  # [J-1, n or 1, D or 1]
+        if gate == 'conditional': self.look = nn.Parameter(torch.zeros(depth-1, width))
 
-    def gate(self, layer:int, carried:Tensor|None=None) -> Tensor|float: # [n or 1, D or 1], or [..., n, 1] if it is conditional
-        "The share g_l of what is carried into block `layer`"
+    def gate(self, layer:int, carried:Tensor|None=None) -> Tensor|float:
+        """The share γ of what is carried into block `layer`
+
+        [n or 1, D or 1], or [..., n, 1] if it is conditional."""
         if not self.learned: return self.share
         a = math.log(self.share/(1-self.share)) + RATE**.5*self.logits[layer-1]
-        if hasattr(self, 'look') and carried is not None: a = a + (F.layer_norm(carried, carried.shape[-1:])*self.look[layer-1]).sum(-1, keepdim=True)
+        if hasattr(self, 'look') and carried is not None:
+            seen = F.layer_norm(carried, carried.shape[-1:])*self.look[layer-1]
+            a = a + seen.sum(-1, keepdim=True)
         return a.sigmoid()
+
+    def _scaled(self, fresh, carried):
+        if self.scale != 'dynamic': return fresh*self.scale
+        ratio = carried.norm(dim=-1, keepdim=True)/fresh.norm(dim=-1, keepdim=True)
+        return fresh*ratio.detach()
 
     def enter(self, layer, carried):
         fresh = super().enter(layer, carried)
         if layer == 0 or layer >= len(self.tokens): return fresh
-        fresh = fresh*(carried.norm(dim=-1, keepdim=True)/fresh.norm(dim=-1, keepdim=True)).detach() if self.scale == 'dynamic' else fresh*self.scale
+        fresh = self._scaled(fresh, carried)
         if self.detach: carried = carried.detach()
         if self.share in (0, 1) and self.form == 'convex': return carried if self.share else fresh
         g = self.gate(layer, carried)
         return g*carried + (fresh if self.form == 'additive' else (1-g)*fresh)
 
 # %% ../nbs/17_map_dafe.ipynb #17-012
-P2P = dict(none=torch.zeros, self=torch.eye, causal=lambda m, _: torch.ones(m, m).tril(), full=torch.ones)   # who reads whom among m prompts: (m, m) -> [m, m]
+P2P = dict(  # who reads whom among m prompts: (m, m) -> [m, m]
+    none=torch.zeros, self=torch.eye,
+    causal=lambda m, _: torch.ones(m, m).tril(), full=torch.ones,
+)
 READS = ('read', 'read_eot', 'both')
 
 def who_reads(
@@ -73,15 +97,28 @@ def who_reads(
     m:int,       # prompts
     L:int,       # tokens of the longest sentence
 ) -> tuple[Tensor, Tensor]: # [C, R, L], [C, R, R]; True where a row may read
-    "What the R own rows of a class, prompts first, may read of its frozen template and of each other"
-    at, eot = torch.arange(L, device=eot.device), eot[:, None, None]                             # [L], [C, 1, 1]
-    R = m + dict(read=0, read_eot=1, both=L)[text]
-    frozen, own = dict(read=at <= eot, read_eot=at < eot, both=(at < 0)[None, None])[text], torch.zeros(len(eot), R, R, dtype=torch.bool, device=eot.device)
+    "What a class's R own rows, prompts first, may read of its frozen template and of each other"
+    at, eot = torch.arange(L, device=eot.device), eot[:, None, None]  # [L], [C, 1, 1]
+    C, R = len(eot), m + dict(read=0, read_eot=1, both=L)[text]
+    nothing = torch.zeros_like(at < eot)
+    frozen = dict(read=at <= eot, read_eot=at < eot, both=nothing)[text]  # [C, 1, L]
+    own = torch.zeros(C, R, R, dtype=torch.bool, device=eot.device)
     own[:, :m, :m] = P2P[p2p](m, m).bool()
-    own[:, m:, :m] = True                                                                        # what else runs here reads the prompts
+    own[:, m:, :m] = True  # what else runs here reads the prompts
     if text == 'read_eot': own[:, m:, m:] = True
-    if text == 'both': own[:, :m, m:], own[:, m:, m:] = at <= eot, at <= at[:, None]
-    return frozen.expand(len(eot), R, L), own
+    if text == 'both':
+        own[:, :m, m:] = at <= eot
+        own[:, m:, m:] = at <= at[:, None]
+    return frozen.expand(C, R, L), own
+
+# %% ../nbs/17_map_dafe.ipynb #17-014c
+def _one_mask(beside:Tensor, heads:int, like:Tensor) -> Tensor: # [C, R, L+R] -> [C*h, L+R, L+R]
+    "To be added to attention: the template reads itself and no prompt, own rows as they may"
+    C, R, every = beside.shape
+    causal = torch.ones(every-R, every, dtype=torch.bool, device=like.device).tril()
+    may = torch.cat([causal.expand(C, -1, -1), beside], 1)
+    mask = like.new_zeros(C, every, every).masked_fill(~may, -torch.inf)
+    return mask.repeat_interleave(heads, 0)
 
 # %% ../nbs/17_map_dafe.ipynb #17-015
 class Reading:
@@ -90,51 +127,72 @@ class Reading:
         text:str='read',   # who reads whom, as in `who_reads`
         p2p:str='none',
     ):
-        self.tower, self.text, self.p2p, self.eot, self._kept = tower, text, p2p, sentences.eot, {}
-        self.ids = sentences.ids[:, :int(sentences.eot.max())+1]                                 # [C, L]: nothing behind the longest EOT is read
+        self.tower, self.text, self.p2p = tower, text, p2p
+        self.eot, self._kept = sentences.eot, {}
+        longest = int(sentences.eot.max())+1    # nothing behind the longest EOT is read
+        self.ids = sentences.ids[:, :longest]   # [C, L]
 
-    def _words(self, c:slice) -> Tensor: return self.tower.backbone.embed(self.ids[c]) + self.tower.clip.positional_embedding[:self.ids.shape[1]]   # [C, L, d_t]
+    def _words(self, c:slice) -> Tensor: # [C, L, d_t]
+        positions = self.tower.clip.positional_embedding[:self.ids.shape[1]]
+        return self.tower.backbone.embed(self.ids[c]) + positions
 
     def _start(self, prompts:Given, c:slice) -> Tensor: # [C, R, d_t]
-        "What enters block 0: the prompts, at EOT's position, and the other rows that run with them"
-        x, eot = self._words(c), self.eot[c]
-        others = dict(read=x[:, :0], read_eot=x[torch.arange(len(x), device=x.device), eot][:, None], both=x)[self.text]
-        return torch.cat([prompts.enter(0, None).to(x.dtype) + self.tower.clip.positional_embedding[eot][:, None], others], 1)
+        "What enters block 0: prompts at EOT's position, and the other rows that run with them"
+        words, eot = self._words(c), self.eot[c]
+        own = prompts.enter(0, None).to(words.dtype)
+        own = own + self.tower.clip.positional_embedding[eot][:, None]
+        if self.text == 'read': return own
+        if self.text == 'both': return torch.cat([own, words], 1)
+        at_eot = words[torch.arange(len(words), device=words.device), eot]  # [C, d_t]
+        return torch.cat([own, at_eot[:, None]], 1)
 
     def _run(self, prompts:Given, c:slice, past:list|None) -> Tensor: # [C, R, d_t]
-        "Own rows behind the last block: beside the template's keys and values, or (`past` None, the definition) together with it through open_clip's blocks"
-        x, words, m = self._start(prompts, c), self._words(c), prompts.enter(0, None).shape[-2]
-        C, R, L, h = *x.shape[:2], words.shape[1], self.tower.blocks[0].attn.num_heads
-        mask = torch.cat(who_reads(self.text, self.p2p, self.eot[c], m, L), 2)                   # [C, R, L+R]
-        if past is None:
-            causal = torch.ones(L, L+R, dtype=torch.bool, device=x.device).tril().expand(C, -1, -1)     # the template reads no prompt
-            mask = x.new_zeros(C, L+R, L+R).masked_fill(~torch.cat([causal, mask], 1), -torch.inf).repeat_interleave(h, 0)
-        for l, block in enumerate(self.tower.blocks):
-            if l: x = torch.cat([prompts.enter(l, x[:, :m]).to(x.dtype).expand(C, -1, -1), x[:, m:]], 1)
-            if past is None: words, x = block(torch.cat([words, x], 1), attn_mask=mask).split([L, R], 1)
-            else: x = run_beside(block, x, *past[l], mask[:, None])
+        """Own rows behind the last block, beside the template's keys and values
+
+        With `past` None, the definition: together with it through open_clip's blocks."""
+        x, words, blocks = self._start(prompts, c), self._words(c), self.tower.blocks
+        C, R, L, m = x.shape[0], x.shape[1], words.shape[1], prompts.enter(0, None).shape[-2]
+        may = torch.cat(who_reads(self.text, self.p2p, self.eot[c], m, L), 2)  # [C, R, L+R]
+        mask = _one_mask(may, blocks[0].attn.num_heads, x) if past is None else may[:, None]
+        for l, block in enumerate(blocks):
+            if l:
+                entering = prompts.enter(l, x[:, :m]).to(x.dtype).expand(C, -1, -1)
+                x = torch.cat([entering, x[:, m:]], 1)
+            if past is None:
+                words, x = block(torch.cat([words, x], 1), attn_mask=mask).split([L, R], 1)
+            else: x = run_beside(block, x, *past[l], mask)
         return x
 
     @torch.no_grad()
-    def template(self, c:slice) -> list[tuple[Tensor, Tensor]]: # keys and values [C, h, L, d] of each block
-        "What these sentences leave to be read: computed once"
-        key = frozen_key(self.tower.backbone) | dict(device=str(self.ids.device), chunk=self.tower.chunk)
+    def template(self, c:slice) -> list[tuple[Tensor, Tensor]]: # of each block: [C, h, L, d]
+        "Keys and values that these sentences leave to be read: computed once"
+        key = frozen_key(self.tower.backbone)
+        key = key | dict(device=str(self.ids.device), chunk=self.tower.chunk)
         if self._kept.get('key') != key: self._kept = dict(key=key)
         if c.start not in self._kept:
             x, past = self._words(c), []
-            for block in self.tower.blocks: x, *kv = run_block(block, x, causal=True); past.append(kv)
+            for block in self.tower.blocks:
+                x, k, v = run_block(block, x, causal=True)
+                past.append((k, v))
             self._kept[c.start] = past
         return self._kept[c.start]
 
     def __call__(self, prompts:Given) -> Tensor: # [C, E], unit rows
         "Features of the classes"
-        t, C, m = self.tower, len(self.ids), prompts.enter(0, None).shape[-2]
+        t, C, W = self.tower, len(self.ids), self.tower.clip.text_projection
         size = t.chunk or (128 if self.ids.device.type == 'cpu' else 1024)
         with t.backbone.autocast():
-            x = torch.cat([t._run(self._run, prompts, c, None if t.plain else self.template(c)) for c in (slice(i, min(i+size, C)) for i in range(0, C, size))])   # [C, R, d_t]
-            if self.text != 'read': x = x[torch.arange(C, device=x.device), m + self.eot*(self.text == 'both'), None]       # at EOT
-            x, W = t.clip.ln_final(x), t.clip.text_projection
-            x = (x @ W if isinstance(W, Tensor) else W(x)).to(t.backbone.dtype)                  # [C, m or 1, E]
+            rows = []
+            for i in range(0, C, size):
+                c = slice(i, min(i+size, C))
+                past = None if t.plain else self.template(c)
+                rows.append(t._run(self._run, prompts, c, past))
+            x = torch.cat(rows)  # [C, R, d_t]
+            if self.text != 'read':
+                at = prompts.enter(0, None).shape[-2] + self.eot*(self.text == 'both')
+                x = x[torch.arange(C, device=x.device), at, None]  # [C, 1, d_t]: at EOT
+            x = t.clip.ln_final(x)
+            x = (x @ W if isinstance(W, Tensor) else W(x)).to(t.backbone.dtype)  # [C, m or 1, E]
         return F.normalize(F.normalize(x, dim=-1).mean(1), dim=-1)
 
 # %% ../nbs/17_map_dafe.ipynb #17-019
@@ -142,86 +200,125 @@ def read_images(tower:VisionTower,
     images:Tensor,  # [B, 3, H, W]
     prompts:Given,  # rows that read CLS and patches, and neither each other nor themselves
 ) -> Tensor: # [B, E], unit rows
-    "Read-only image prompts (Lee et al. 2023, RPO, section 3; the feature is our mean of theirs)"
+    """Read-only image prompts
+
+    Lee et al. 2023, RPO, section 3; the feature is our mean of theirs."""
     vit, first = tower.vit, prompts.enter(0, None)
     with tower.backbone.autocast():
-        x = vit.ln_pre(tower.embed(images))                                                      # [B, 1+N, d_v]
-        rows = vit.ln_pre(first.to(x.dtype) + vit.positional_embedding[0]).expand(len(x), -1, -1)   # [B, n, d_v], at CLS's position
-        mask = torch.arange(x.shape[1] + len(first), device=x.device).expand(1, 1, len(first), -1) < x.shape[1]
+        x = vit.ln_pre(tower.embed(images))  # [B, 1+N, d_v]
+        rows = vit.ln_pre(first.to(x.dtype) + vit.positional_embedding[0])  # at CLS's position
+        (B, N, _), n = x.shape, len(rows)
+        rows = rows.expand(B, -1, -1)        # [B, n, d_v]
+        mask = (torch.arange(N+n, device=x.device) < N).expand(1, 1, n, -1)
         for l, block in enumerate(vit.transformer.resblocks):
-            if l: rows = prompts.enter(l, rows).to(x.dtype).expand(len(x), -1, -1)
+            if l: rows = prompts.enter(l, rows).to(x.dtype).expand(B, -1, -1)
             with torch.no_grad(): x, k, v = run_block(block, x)
             rows = run_beside(block, rows, k, v, mask)
-        y = (vit.ln_post(rows) @ vit.proj).to(tower.backbone.dtype)                              # [B, n, E]
+        y = (vit.ln_post(rows) @ vit.proj).to(tower.backbone.dtype)  # [B, n, E]
     return F.normalize(F.normalize(y, dim=-1).mean(1), dim=-1)
 
 # %% ../nbs/17_map_dafe.ipynb #17-022
 def around(token:Tensor, n:int, noise:float, seed:int) -> Tensor: # [D] -> [n, D]
     "A frozen token n times, each with noise of this length in a random direction (RPO's start)"
-    return token + noise*F.normalize(torch.randn(n, len(token), generator=torch.Generator().manual_seed(seed)), dim=-1).to(token)
+    way = torch.randn(n, len(token), generator=torch.Generator().manual_seed(seed))
+    return token + noise*F.normalize(way, dim=-1).to(token)
+
+def _check_choices(**given):
+    known = dict(text=(*READS, 'write'), vision=('both', 'read'), p2p=P2P, start=('eot', 'noise'))
+    for what, choice in given.items():
+        if choice in known[what]: continue
+        raise ValueError(f"unknown {what} '{choice}'; {nearest(choice, known[what])}")
 
 # %% ../nbs/17_map_dafe.ipynb #17-024
 class MAPDAFE(PromptLearner):
-    "Modal-aware prompts with gated carry-over: our reconstruction of MAP-DAFE (2024) from its abstract. Raises ValueError"
+    """Modal-aware prompts with gated carry-over
+
+    Our reconstruction of MAP-DAFE (2024) from its abstract. Raises ValueError for a choice that
+    is not listed."""
     method, learns_text, learns_image = 'map-dafe', True, True
 
     def __init__(self, backbone:Backbone, classnames:list[str],
-        text:str='read',              # 'read' (A), 'read_eot' (B), 'write' (CoOp's slot) or 'both'
-        vision:str='both',            # 'both', or 'read': image tokens do not see the prompts
-        n_ctx:int=4,                  # text tokens per layer; 0: no text prompts
-        n_visual:int=4,               # image tokens per layer; 0: none
-        depth_text:int|None=None,     # blocks with tokens of their own; None means all
+        text:str='read',             # 'read' (A), 'read_eot' (B), 'write' (CoOp's slot) or 'both'
+        vision:str='both',           # 'both', or 'read': image tokens do not see the prompts
+        n_ctx:int=4,                 # text tokens per layer; 0: no text prompts
+        n_visual:int=4,              # image tokens per layer; 0: none
+        depth_text:int|None=None,    # blocks with tokens of their own; None means all
         depth_vision:int|None=None,
-        gate:str='scalar',            # 'scalar', 'token', 'channel', 'conditional' or 'fixed'
-        gate_text:float|None=None,    # share of what is carried at the start, exactly 0 and 1 stay; None: 0.9 where prompts only read, 0.01 elsewhere
-        gate_vision:float|None=None,
+        gate:str='scalar',           # 'scalar', 'token', 'channel', 'conditional' or 'fixed'
+        gate_text:float|None=None,   # share carried at the start; exactly 0 and 1 stay
+        gate_vision:float|None=None, # None: 0.9 where prompts only read, 0.01 elsewhere
         form:str='convex', scale:float|str=1., detach:bool=False, # of the mixture, as in `Gated`
-        p2p:str='none',               # which text prompts read which: 'none', 'self', 'causal' or 'full'
-        start:str='eot',              # of read-only rows: 'eot' (in the image tower CLS) or 'noise'
-        noise:float=.1,               # length of what is added to the former
+        p2p:str='none',              # who reads whom of them: 'none', 'self', 'causal' or 'full'
+        start:str='eot',             # of read-only rows: 'eot' (image tower: CLS) or 'noise'
+        noise:float=.1,              # length of what is added to the former
         seed:int=0,
     ):
-        super().__init__(backbone, classnames, text=text, vision=vision, n_ctx=n_ctx, n_visual=n_visual, depth_text=depth_text, depth_vision=depth_vision, gate=gate, gate_text=gate_text,
-                         gate_vision=gate_vision, form=form, scale=scale, detach=detach, p2p=p2p, start=start, noise=noise, seed=seed)
-        for what, given, known in (('text', text, (*READS, 'write')), ('vision', vision, ('both', 'read')), ('p2p', p2p, P2P), ('start', start, ('eot', 'noise'))):
-            if given not in known: raise ValueError(f"unknown {what} '{given}'; {nearest(given, known)}")
+        super().__init__(backbone, classnames, text=text, vision=vision, n_ctx=n_ctx,
+                         n_visual=n_visual, depth_text=depth_text, depth_vision=depth_vision,
+                         gate=gate, gate_text=gate_text, gate_vision=gate_vision, form=form,
+                         scale=scale, detach=detach, p2p=p2p, start=start, noise=noise, seed=seed)
+        _check_choices(text=text, vision=vision, p2p=p2p, start=start)
         self.learns_text, self.learns_image = n_ctx > 0, n_visual > 0
-        depths = check_depth(depth_text, backbone.text_layers, 'text'), check_depth(depth_vision, backbone.vision_layers, 'image')
-        make = lambda n, width, depth, share, mode: Gated(n, width, depth, (.9 if mode == 'read' else .01) if share is None else share, gate, form, scale, detach, seed)
-        if n_ctx: self.ctx = make(n_ctx, backbone.text_width, depths[0], gate_text, text)                      # [J, n, d_t]
-        if n_visual: self.visual_ctx = make(n_visual, backbone.vision_width, depths[1], gate_vision, vision)   # [J, n, d_v]
-        if n_ctx and text == 'write':
-            words, phrase = word_start(backbone, n_ctx, depths[0], 'a photo of a', seed)                       # as IVLP
-            self.ctx.tokens.data.copy_(words.tokens.data)
-            self.sentences = place(backbone, self.classnames, n_ctx, words=phrase)
-        elif n_ctx:
-            self.reading = Reading(self.text, s := Sentences.of(backbone, [f'a photo of a {c}.' for c in self.classnames]), text, p2p)
-            if start == 'eot' and text != 'read_eot': self.ctx.tokens.data[0] = around(backbone.embed(s.ids[0, s.eot[0]]), n_ctx, noise, seed)
-        if n_visual and vision == 'read' and start == 'eot': self.visual_ctx.tokens.data[0] = around(backbone.visual.class_embedding.data, n_visual, noise, seed+1)
+        text_depth = check_depth(depth_text, backbone.text_layers, 'text')
+        image_depth = check_depth(depth_vision, backbone.vision_layers, 'image')
+        def gated(n, width, depth, share, mode):
+            if share is None: share = .9 if mode == 'read' else .01
+            return Gated(n, width, depth, share, gate, form, scale, detach, seed)
+        if n_ctx:
+            self.ctx = gated(n_ctx, backbone.text_width, text_depth, gate_text, text)  # [J, n, d_t]
+            self._begin_text()
+        if n_visual:
+            width = backbone.vision_width
+            self.visual_ctx = gated(n_visual, width, image_depth, gate_vision, vision)
+            if vision == 'read' and start == 'eot':
+                like_cls = around(backbone.visual.class_embedding.data, n_visual, noise, seed+1)
+                self.visual_ctx.tokens.data[0] = like_cls
+
+    def _begin_text(self):
+        "Where text prompts stand, and what they start from"
+        h, backbone, tokens = self.hparams, self.backbone, self.ctx.tokens.data
+        J, n, _ = tokens.shape
+        if h['text'] == 'write':  # as IVLP
+            words, phrase = word_start(backbone, n, J, 'a photo of a', h['seed'])
+            tokens.copy_(words.tokens.data)
+            self.sentences = place(backbone, self.classnames, n, words=phrase)
+            return
+        s = Sentences.of(backbone, [f'a photo of a {c}.' for c in self.classnames])
+        self.reading = Reading(self.text, s, h['text'], h['p2p'])
+        if h['start'] == 'eot' and h['text'] != 'read_eot':
+            tokens[0] = around(backbone.embed(s.ids[0, s.eot[0]]), n, h['noise'], h['seed'])
 
     def text_features(self) -> Tensor: # [C, E], unit rows
         if not self.learns_text: return super().text_features()
-        if self.hparams['text'] == 'write': return F.normalize(self.text(self.sentences, self.ctx), dim=-1)
-        self.reading.tower = self.text               # `for_classes` hands its tower on
+        if self.hparams['text'] == 'write':
+            return F.normalize(self.text(self.sentences, self.ctx), dim=-1)
+        self.reading.tower = self.text  # `for_classes` hands its tower on
         return self.reading(self.ctx)
 
     def image_features(self, images:Tensor) -> Tensor: # [B, E], unit rows
         if not self.learns_image: return super().image_features(images)
-        return read_images(self.vision, images, self.visual_ctx) if self.hparams['vision'] == 'read' else F.normalize(self.vision(images, self.visual_ctx), dim=-1)
+        if self.hparams['vision'] == 'read':
+            return read_images(self.vision, images, self.visual_ctx)
+        return F.normalize(self.vision(images, self.visual_ctx), dim=-1)
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
-        "Ours: the rate is the best of three on Pictograms (seed 4, four tokens), epochs are those of its relatives"
-        return Recipe(lr=.05, epochs=20 if dataset == 'imagenet' else 50, batch_size=32, source='our choice on Pictograms; no configuration is published')
+        """Ours
+
+        The rate is the best of three on Pictograms (seed 4, four tokens), epochs are those of
+        its relatives."""
+        return Recipe(lr=.05, epochs=20 if dataset == 'imagenet' else 50, batch_size=32,
+                      source='our choice on Pictograms; no configuration is published')
 
 # %% ../nbs/17_map_dafe.ipynb #17-026
 PRESETS = dict(
-    map_dafe={},                                                     # A
-    map_dafe_b=dict(text='read_eot', p2p='causal'),                  # B
-    map_only=dict(depth_text=1, depth_vision=1),                     # MAP, shallow: all is carried
-    map_deep=dict(depth_text=1, gate_vision=0.),                     # MAP, its image prompts replaced in each block
-    dafe_only=dict(text='write'),                                    # the gate in IVLP's slots
-    ivlp=dict(text='write', gate_text=0., gate_vision=0.),           # neither
-    provp_like=dict(n_ctx=0, gate='fixed', gate_vision=.01),         # chapter 15's share, image side only
-    read_only=dict(vision='read', depth_text=1, depth_vision=1),     # both sides read, all is carried: close to RPO
+    map_dafe={},                                           # A
+    map_dafe_b=dict(text='read_eot', p2p='causal'),        # B
+    map_only=dict(depth_text=1, depth_vision=1),           # MAP, shallow: all is carried
+    map_deep=dict(depth_text=1, gate_vision=0.),           # MAP, image prompts replaced everywhere
+    dafe_only=dict(text='write'),                          # the gate in IVLP's slots
+    ivlp=dict(text='write', gate_text=0., gate_vision=0.), # neither
+    provp_like=dict(n_ctx=0, gate='fixed', gate_vision=.01), # ProVP's share, image side only
+    # both sides read, all is carried: close to RPO
+    read_only=dict(vision='read', depth_text=1, depth_vision=1),
 )
