@@ -119,6 +119,8 @@ def cell(value,
     return '–' if value is None else str(value)
 
 # %% ../nbs/00_figures.ipynb #00-016
+_NUMBER = r'[-−+–]?[\d,.]*\d?%?(\s±\s[\d.]+)?'
+
 class Table:
     "A data frame as a page shows it"
     def __init__(self,
@@ -131,7 +133,8 @@ class Table:
 
     def texts(self) -> pd.DataFrame: # of the same shape
         "Every cell as text, columns of several levels as one line"
-        digits = self.digits if isinstance(self.digits, dict) else dict.fromkeys(self.rows, self.digits)
+        digits = self.digits
+        if not isinstance(digits, dict): digits = dict.fromkeys(self.rows, digits)
         out = self.rows.astype(object)
         for i, name in enumerate(self.rows):
             out.isetitem(i, [cell(v, digits.get(name, 1)) for v in self.rows.iloc[:, i]])
@@ -141,7 +144,7 @@ class Table:
 
     def _repr_markdown_(self) -> str:
         texts = self.texts()
-        is_number = texts.apply(lambda column: column.str.fullmatch(r'[-−+–]?[\d,.]*\d?%?(\s±\s[\d.]+)?').all())
+        is_number = [texts.iloc[:, i].str.fullmatch(_NUMBER).all() for i in range(texts.shape[1])]
         align = ['right' if n else 'left' for n in is_number]
         return texts.to_markdown(index=False, colalign=align, disable_numparse=True)
 

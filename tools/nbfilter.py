@@ -71,12 +71,14 @@ def only_imports(code):
     return bool(statements) and all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements)
 
 
-def heads(code, module):
-    "Anchors of the names that an exported cell defines, each with a link to its line in the package"
+def heads(code, module, seen):
+    "Anchors of the names that an exported cell defines first, each with a link to its line in the package"
     found = []
     for name, _, _ in defined(ast.parse(code)):
         here = [d for d in names().get(name, []) if d.module == module]
-        if here: found.append(f'[`{name}`]{{#{name}}} [source]({here[0].source}){{.source}}')
+        if not here or name in seen: continue
+        seen.add(name)
+        found.append(f'[`{name}`]{{#{name}}} [source]({here[0].source}){{.source}}')
     return '::: {.defines}\n' + '\n'.join(found) + '\n:::' if found else ''
 
 
@@ -87,8 +89,8 @@ def alternative(caption):
     return json.dumps(plain, ensure_ascii=False)
 
 
-def code_cell(cell, module):
-    "The cells that a page shows for one cell of code"
+def code_cell(cell, module, seen):
+    "The cells that a page shows for one cell of code; `seen` are the names that have an anchor"
     mine = mk_cell(source(cell), 'code')
     directives = extract_directives(mine)
     if HIDDEN & directives.keys(): return []
@@ -96,7 +98,7 @@ def code_cell(cell, module):
     code = mine.source[len(options):]
     before = [markdown(f'[{text}]{{.flag}}', f'{cell["id"]}-{flag}') for flag, text in FLAGS.items() if flag in directives]
     if {'export', 'exporti', 'exports'} & directives.keys():
-        anchors = heads(code, module)
+        anchors = heads(code, module, seen)
         if anchors: before.append(markdown(anchors, f'{cell["id"]}-names'))
     is_code = not re.search(r'^\s*[%!]', code, re.M)
     if is_code and only_imports(code): options += '#| code-fold: true\n#| code-summary: "Imports"\n'
@@ -144,9 +146,9 @@ def filter_nb(txt, notebook):
     "The notebook `txt`, whose file has the name `notebook`, as the book shows it"
     nb = json.loads(txt)
     module = default_exp(txt)
-    cells = []
+    cells, seen = [], set()
     for cell in title(nb['cells'], notebook):
-        if cell['cell_type'] == 'code': cells += code_cell(cell, module)
+        if cell['cell_type'] == 'code': cells += code_cell(cell, module, seen)
         elif cell['cell_type'] == 'markdown': cells.append(dict(cell, source=linked(source(cell), notebook)))
         else: cells.append(dict(cell, source=source(cell)))
     if re.search(r'(?<![\w`])@\w+\d{4}', txt): cells.append(markdown('## References {.unnumbered}\n\n::: {#refs}\n:::', 'references'))
