@@ -18,15 +18,21 @@ from .prompts import Given, Prompts, place
 
 # %% ../nbs/14_mudpt.ipynb #14-007
 class Injection(nn.Module):
-    "The light transformer: tokens [J, n, d_in] -> [J, n, d_out], each layer's n tokens among themselves"
+    """The light transformer: tokens [J, n, d_in] -> [J, n, d_out]
+
+    Each layer's n tokens are among themselves."""
     def __init__(self, d_in:int, d_out:int, seed:int=0):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.ln_pre, self.ln_post, self.proj = nn.LayerNorm(d_in), nn.LayerNorm(d_in), nn.Linear(d_in, d_out)
-            self.block = ResidualAttentionBlock(d_in, max(1, d_in//64), act_layer=QuickGELU)   # CLIP's own block, trained from scratch
+            self.ln_pre, self.ln_post = nn.LayerNorm(d_in), nn.LayerNorm(d_in)
+            self.proj = nn.Linear(d_in, d_out)
+            heads = max(1, d_in//64)
+            # CLIP's own block, trained from scratch
+            self.block = ResidualAttentionBlock(d_in, heads, act_layer=QuickGELU)
 
-    def forward(self, tokens:Tensor) -> Tensor: return self.proj(self.ln_post(self.block(self.ln_pre(tokens))))
+    def forward(self, tokens:Tensor) -> Tensor:
+        return self.proj(self.ln_post(self.block(self.ln_pre(tokens))))
 
 # %% ../nbs/14_mudpt.ipynb #14-010
 FUSIONS = ('transformer', 'linear', 'text_to_vision')
@@ -38,37 +44,54 @@ def _linear(d_in:int, d_out:int, seed:int) -> nn.Linear:
 
 # %% ../nbs/14_mudpt.ipynb #14-012
 class MuDPT(PromptLearner):
-    "Multi-modal deep-symphysis prompt tuning (Miao et al. 2023; the maps as in the authors' three trainers)"
+    """Multi-modal deep-symphysis prompt tuning
+
+    Miao et al. 2023; the maps as in the authors' three trainers."""
     method, learns_text, learns_image = 'mudpt', True, True
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         n_ctx:int=2,                      # tokens per level, in both towers
-        depth:int|None=None,              # levels J; None: 8, the repository's default, or all blocks where there are fewer
+        depth:int|None=None,              # levels J; None: 8, the repository's, or all if fewer
         fusion:str='transformer',         # 'transformer', 'linear' or 'text_to_vision'
-        ctx_init:str|None='a photo of a', # the first level starts from the first n_ctx words, if there are so many
+        ctx_init:str|None='a photo of a', # start of the first level, if it has n_ctx words
         seed:int=0,
     ):
-        super().__init__(backbone, classnames, n_ctx=n_ctx, depth=depth, fusion=fusion, ctx_init=ctx_init, seed=seed)
-        if fusion not in FUSIONS: raise ValueError(f"unknown fusion '{fusion}'; {nearest(fusion, FUSIONS)}")
-        blocks, d_t, d_v = min(backbone.text_layers, backbone.vision_layers), backbone.text_width, backbone.vision_width
+        super().__init__(backbone, classnames, n_ctx=n_ctx, depth=depth, fusion=fusion,
+                         ctx_init=ctx_init, seed=seed)
+        if fusion not in FUSIONS:
+            raise ValueError(f"unknown fusion '{fusion}'; {nearest(fusion, FUSIONS)}")
+        blocks = min(backbone.text_layers, backbone.vision_layers)
         J = check_depth(min(8, blocks) if depth is None else depth, blocks, 'smaller')
-        self.ctx, words = word_start(backbone, n_ctx, J, ctx_init, seed)                          # T: [J, n, d_t]
-        self.sentences = place(backbone, self.classnames, n_ctx, words=words and ' '.join(words.replace('_', ' ').split()[:n_ctx]))
-        if fusion != 'text_to_vision': self.visual_ctx = Prompts(n_ctx, d_v, J, seed=seed+1)      # V: [J, n, d_v]
-        make = _linear if fusion == 'linear' else Injection
-        if fusion == 'linear': self.shallow = make(d_t, d_v, seed)                                # g_0
-        if fusion != 'linear' or J > 1: self.t2v = make(d_t, d_v, seed+1)                         # g
-        if fusion != 'text_to_vision' and J > 1: self.v2t = make(d_v, d_t, seed+2)                # h
+        self.ctx, words = word_start(backbone, n_ctx, J, ctx_init, seed)  # [J, n, D_t]
+        if words: words = ' '.join(words.replace('_', ' ').split()[:n_ctx])
+        self.sentences = place(backbone, self.classnames, n_ctx, words=words)
+        self._make_image_side(n_ctx, J, fusion, seed)
 
-    def fused(self) -> tuple[Tensor, Tensor]: # [J, n, d_t], [J, n, d_v]
+    def _make_image_side(self, n_ctx, J, fusion, seed):
+        "Image tokens and the maps between the towers, as many as the fusion has"
+        d_t, d_v = self.backbone.text_width, self.backbone.vision_width
+        linear, both = fusion == 'linear', fusion != 'text_to_vision'
+        make = _linear if linear else Injection
+        if both: self.visual_ctx = Prompts(n_ctx, d_v, J, seed=seed+1)    # [J, n, D_v]
+        if linear: self.shallow = make(d_t, d_v, seed)
+        if J > 1 or not linear: self.t2v = make(d_t, d_v, seed+1)
+        if J > 1 and both: self.v2t = make(d_v, d_t, seed+2)
+
+    def _sent_to_image(self, text:Tensor) -> Tensor: # [J, n, D_t] -> [J, n, D_v]
+        if self.hparams['fusion'] != 'linear': return self.t2v(text)
+        first, deeper = text[:1], text[1:]
+        if not len(deeper): return self.shallow(first)
+        return torch.cat([self.shallow(first), self.t2v(deeper)])
+
+    def fused(self) -> tuple[Tensor, Tensor]: # [J, n, D_t], [J, n, D_v]
         "What enters the slots of both towers"
-        T, fusion = self.ctx.tokens, self.hparams['fusion']
-        first, rest = T[:1], T[1:]
-        if fusion == 'linear': mapped = torch.cat([self.shallow(first), self.t2v(rest)]) if len(rest) else self.shallow(first)
-        else: mapped = self.t2v(T)
-        if fusion == 'text_to_vision': return T, mapped
-        V = self.visual_ctx.tokens
-        return (torch.cat([first, rest + self.v2t(V[1:])]) if len(rest) else T), V + mapped
+        text = self.ctx.tokens
+        sent = self._sent_to_image(text)
+        if self.hparams['fusion'] == 'text_to_vision': return text, sent
+        image = self.visual_ctx.tokens
+        if len(text) == 1: return text, image + sent
+        deeper = text[1:] + self.v2t(image[1:])
+        return torch.cat([text[:1], deeper]), image + sent
 
     def text_features(self) -> Tensor: # [C, E], unit rows
         return F.normalize(self.text(self.sentences, Given(self.fused()[0])), dim=-1)
@@ -78,4 +101,6 @@ class MuDPT(PromptLearner):
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
-        return Recipe(lr=.0025, epochs=10, batch_size=4, source='MuDPT repository, configuration ep10; the paper\'s own sentence about it was not to be had')
+        source = ("MuDPT repository, configuration ep10; the paper's own sentence about it "
+                  'was not to be had')
+        return Recipe(lr=.0025, epochs=10, batch_size=4, source=source)
