@@ -294,7 +294,7 @@ def _groups(text:str) -> list[list[str]]:
     "Groups of names: one thing between two bars, or on a line of its own"
     return [part.split(', ') for line in text.splitlines() for part in line.split(' | ')]
 
-CLASSES = '''airplane, plane, aeroplane | alarm clock, alarm | bar chart, chart bar | battery | bell
+_names = '''airplane, plane, aeroplane | alarm clock, alarm | bar chart, chart bar | battery | bell
 book | bookmark | box, package | briefcase | brush, paintbrush, paint brush | bug | building
 calculator | calendar | camera | car | clipboard | cloud | coffee, cup
 comment, chat, speech bubble | credit card | database | download | envelope, mail, email
@@ -311,7 +311,7 @@ shop, store, storefront | shopping bag, bag | shopping cart, cart | stopwatch, t
 tag, price tag | thumbs down, thumb down | thumbs up, thumb up | ticket
 trash, trash can, bin, garbage, trash bin | trophy | upload | user, person, account
 video camera, videocam, video | volume | wallet | warning, alert, caution, exclamation triangle'''
-CLASSES = {names[0]: names for names in _groups(CLASSES)}          # class -> names of its icons
+CLASSES = {names[0]: names for names in _groups(_names)}           # class -> names of its icons
 ALIAS = {name: c for c, names in CLASSES.items() for name in names}
 
 # %% ../nbs/30_pretrain.ipynb #p040c
