@@ -9,12 +9,14 @@ from PIL import Image, ImageDraw
 
 from clipprompt.backbone import build_backbone
 
-TINY = dict(embed_dim=16, vision_cfg=dict(image_size=32, layers=3, width=32, head_width=16, patch_size=8),
+TINY = dict(embed_dim=16,
+            vision_cfg=dict(image_size=32, layers=3, width=32, head_width=16, patch_size=8),
             text_cfg=dict(context_length=77, vocab_size=49408, width=24, heads=2, layers=3))
 
 
 def tiny_clip(seed=0, dtype=torch.float32):
-    "An untrained CLIP with three blocks in each tower; biases and layer norms are no identities, so that leaving one out shows"
+    """An untrained CLIP with three blocks in each tower; biases and layer norms are no identities,
+    so that leaving one out shows"""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clip = build_backbone(TINY, name=f'tiny-{seed}')
@@ -24,15 +26,20 @@ def tiny_clip(seed=0, dtype=torch.float32):
 
 
 def shapes(folder, classes=('disc', 'two_bars', 'cross', 'ring'), n=6):
-    "One folder per class with n drawings of one shape each, black on white: a linear probe tells them apart"
+    """One folder per class with n drawings of one shape each, black on white: a linear probe tells
+    them apart"""
     for c, name in enumerate(classes):
         (folder/name).mkdir(parents=True, exist_ok=True)
         for i in range(n):
             image = Image.new('RGB', (40, 40), 'white')
             pen, (x, y), r = ImageDraw.Draw(image), (18 + i % 3, 18 + i//3), 12 + i % 2
             if c % 4 == 0: pen.ellipse((x-r, y-r, x+r, y+r), 'black')
-            if c % 4 == 1: pen.rectangle((x-r, y-9, x+r, y-4), 'black'), pen.rectangle((x-r, y+4, x+r, y+9), 'black')
-            if c % 4 == 2: pen.line((x-r, y-r, x+r, y+r), 'black', 4), pen.line((x-r, y+r, x+r, y-r), 'black', 4)
+            if c % 4 == 1:
+                pen.rectangle((x - r, y - 9, x + r, y - 4), 'black'), pen.rectangle(
+                    (x - r, y + 4, x + r, y + 9), 'black')
+            if c % 4 == 2:
+                pen.line((x - r, y - r, x + r, y + r), 'black', 4), pen.line(
+                    (x - r, y + r, x + r, y - r), 'black', 4)
             if c % 4 == 3: pen.ellipse((x-r, y-r, x+r, y+r), None, 'black', 3)
             image.save(folder/name/f'{i}.png')
     return folder
@@ -40,13 +47,19 @@ def shapes(folder, classes=('disc', 'two_bars', 'cross', 'ring'), n=6):
 
 class Result:
     def __init__(self, code, out, err): self.code, self.out, self.err = code, out, err
-    def __repr__(self): return f'exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}'
+
+    def __repr__(self):
+        return f'exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}'
 
     @property
     def said(self):
-        "Lines on stderr, without progress bars and without the line by which `compare` says what it is about to do"
+        """Lines on stderr, without progress bars and without the line by which `compare` says what
+        it is about to do"""
         lines = re.split(r'[\r\n]', re.sub(r'\x1b\[\w', '', self.err))
-        return [l for l in lines if l.strip() and not re.search(r'\d+(/\d+)? ?(run|epoch|batch|\[\d\d:)', l) and ' on cpu, ' not in l]
+        return [
+            l for l in lines if l.strip()
+            and not re.search(r'\d+(/\d+)? ?(run|epoch|batch|\[\d\d:)', l) and ' on cpu, ' not in l
+        ]
 
 
 def clipprompt(*args):
@@ -68,7 +81,8 @@ def works(*args):
 
 
 def refused(*args, says=(), code=1):
-    "The command line's contract for bad input: one line on stderr with cause and cure, exit code 1, no traceback"
+    """The command line's contract for bad input: one line on stderr with cause and cure, exit code
+    1, no traceback"""
     r = clipprompt(*args)
     assert r.code == code and 'Traceback' not in r.err + r.out, r
     assert len(r.said) == 1 and r.said[0].startswith('error: ') and len(r.said[0]) < 500, r

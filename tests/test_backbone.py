@@ -1,13 +1,13 @@
-"""Which models can be a backbone, and do the towers compute on each of them what open_clip computes?
+"""Which models can be a backbone, and do the towers compute on each of them what open_clip
+computes?
 
-All weights are random and nothing is fetched. The large models keep their widths and lose blocks; ViT-L-14 with all of
-its blocks gave the same bits when this file was written.
+All weights are random and nothing is fetched. The large models keep their widths and lose
+blocks; ViT-L-14 with all of its blocks gave the same bits when this file was written.
 """
 import contextlib
 import hashlib
 import logging
 import os
-import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,20 +33,23 @@ PLAIN = [n for n in open_clip.list_models() if not missing(open_clip.get_model_c
 
 def altered(vision=(), text=(), **top):
     "TINY with other entries"
-    return TINY | dict(vision_cfg=TINY['vision_cfg'] | dict(vision), text_cfg=TINY['text_cfg'] | dict(text)) | top
+    return TINY | dict(vision_cfg=TINY['vision_cfg'] | dict(vision),
+                       text_cfg=TINY['text_cfg'] | dict(text)) | top
 
 def built(cfg):
     "The bare open_clip model of a configuration, as open_clip's factory chooses its class"
     cfg = dict(cfg)
     custom = cfg.pop('custom_text', False)
-    return (open_clip.CoCa if 'multimodal_cfg' in cfg else open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg)
+    return (open_clip.CoCa if 'multimodal_cfg' in cfg else
+            open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg)
 
 @pytest.fixture
 def shallow(monkeypatch):
     "A function that cuts the towers of a known model to a few blocks"
     def cut(name, layers):
         cfg = open_clip.get_model_config(name)
-        for tower in ('vision_cfg', 'text_cfg'): cfg[tower]['layers'] = min(layers, cfg[tower].get('layers', 12))
+        for tower in ('vision_cfg', 'text_cfg'):
+            cfg[tower]['layers'] = min(layers, cfg[tower].get('layers', 12))
         monkeypatch.setitem(CONFIGS, name, cfg)
     return cut
 
@@ -57,10 +60,13 @@ def offline(monkeypatch):
 
 
 def check_towers(clip):
-    "Plain pass: open_clip's bits. Fast pass: the same numbers. One step of CoOp moves the context and nothing else"
+    """Plain pass: open_clip's bits. Fast pass: the same numbers. One step of CoOp moves the
+    context and nothing else"""
     for p in clip.model.parameters():
-        if p.ndim == 1: p.data += .1*torch.randn_like(p)   # biases and layer norms are no identities
-    images, texts = torch.randn(1, 3, clip.image_size, clip.image_size), [f'a photo of a {n}.' for n in NAMES]
+        # biases and layer norms are no identities
+        if p.ndim == 1: p.data += .1*torch.randn_like(p)
+    images, texts = torch.randn(1, 3, clip.image_size,
+                                clip.image_size), [f'a photo of a {n}.' for n in NAMES]
     sentences = Sentences.of(clip, texts)
     with torch.no_grad():
         text, image = clip.model.encode_text(clip.tokenize(texts)), clip.model.encode_image(images)
@@ -68,88 +74,151 @@ def check_towers(clip):
         if isinstance(text, tuple): text = text[0]
         assert torch.equal(TextTower(clip, plain=True)(sentences), text)
         assert torch.equal(VisionTower(clip)(images), image)
-        torch.testing.assert_close(TextTower(clip)(sentences), text, rtol=1e-4, atol=1e-5*text.abs().max().item())
+        torch.testing.assert_close(TextTower(clip)(sentences),
+                                   text,
+                                   rtol=1e-4,
+                                   atol=1e-5*text.abs().max().item())
     learner = CoOp(clip, NAMES, n_ctx=3)
-    before, optimizer = learner.ctx.tokens.detach().clone(), torch.optim.SGD(learner.parameters(), .1)
+    before, optimizer = learner.ctx.tokens.detach().clone(), torch.optim.SGD(
+        learner.parameters(), .1)
     F.cross_entropy(learner(images), torch.tensor([1])).backward()
     optimizer.step()
     assert learner.ctx.tokens.isfinite().all() and not torch.equal(learner.ctx.tokens, before)
-    assert [n for n, p in learner.named_parameters() if p.grad is not None] == ['ctx.tokens'] and all(p.grad is None for p in clip.model.parameters())
+    assert [n for n, p in learner.named_parameters() if p.grad is not None] == ['ctx.tokens']
+    assert all(p.grad is None for p in clip.model.parameters())
 
 
-# ---- models that fit -----------------------------------------------------------------------------------------------
+# ---- models that fit -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name,layers', [('ViT-S-16', 12), ('ViT-B-32', 12), ('ViT-B-16', 4), ('ViT-B-16-quickgelu', 4), ('ViT-L-14', 3), ('ViT-M-16-alt', 4)])
+
+@pytest.mark.parametrize('name,layers', [('ViT-S-16', 12), ('ViT-B-32', 12), ('ViT-B-16', 4),
+                                         ('ViT-B-16-quickgelu', 4), ('ViT-L-14', 3),
+                                         ('ViT-M-16-alt', 4)])
 def test_open_clip_models(name, layers, shallow):
     shallow(name, layers)
     clip = load_backbone(name, 'random', device='cpu')
-    v, t = open_clip.get_model_config(name)['vision_cfg'], open_clip.get_model_config(name)['text_cfg']
-    assert (clip.image_size, clip.vision_width, clip.text_width, clip.vision_layers, clip.text_layers) == (v['image_size'], v['width'], t['width'], min(layers, 12), min(layers, 12))
+    v, t = open_clip.get_model_config(name)['vision_cfg'], open_clip.get_model_config(
+        name)['text_cfg']
+    assert (clip.image_size, clip.vision_width, clip.text_width, clip.vision_layers,
+            clip.text_layers) == (v['image_size'], v['width'], t['width'], min(layers,
+                                                                               12), min(layers, 12))
     assert clip.context_length == 77 and clip.name == f'{name}/random'
     check_towers(clip)
 
 
-VARIANTS = dict(
-    context=altered(text=dict(context_length=32)), custom=altered(custom_text=True),
-    eos=altered(text=dict(pool_type='eos', eos_id=49407)), custom_eos=altered(text=dict(pool_type='eos', eos_id=49407, context_length=40), custom_text=True),
-    projection_with_bias=altered(text=dict(proj_bias=True)), custom_projection_with_bias=altered(text=dict(proj_bias=True), custom_text=True),
-    layer_scale=altered(dict(ls_init_value=.1), dict(ls_init_value=.1)), quick=altered(quick_gelu=True), tanh=altered(dict(act_kwargs=dict(approximate='tanh'))),
-    no_ln_pre=altered(dict(no_ln_pre=True)), ln_after_pool=altered(dict(final_ln_after_pool=True)), sines=altered(dict(pos_embed_type='sin_cos_2d')),
-    patch_dropout=altered(dict(patch_dropout=.5)), tokens=altered(dict(output_tokens=True), dict(output_tokens=True), custom_text=True),
-    logit_bias=altered(init_logit_bias=-10, nonscalar_logit_scale=True), ragged=altered(dict(image_size=37)), one_block=altered(dict(layers=1), dict(layers=1)),
-    large_vocabulary=altered(text=dict(vocab_size=50000)), eps=altered(dict(norm_kwargs=dict(eps=1e-3)), dict(norm_kwargs=dict(eps=1e-3))))
+VARIANTS = dict(context=altered(text=dict(context_length=32)),
+                custom=altered(custom_text=True),
+                eos=altered(text=dict(pool_type='eos', eos_id=49407)),
+                custom_eos=altered(text=dict(pool_type='eos', eos_id=49407, context_length=40),
+                                   custom_text=True),
+                projection_with_bias=altered(text=dict(proj_bias=True)),
+                custom_projection_with_bias=altered(text=dict(proj_bias=True), custom_text=True),
+                layer_scale=altered(dict(ls_init_value=.1), dict(ls_init_value=.1)),
+                quick=altered(quick_gelu=True),
+                tanh=altered(dict(act_kwargs=dict(approximate='tanh'))),
+                no_ln_pre=altered(dict(no_ln_pre=True)),
+                ln_after_pool=altered(dict(final_ln_after_pool=True)),
+                sines=altered(dict(pos_embed_type='sin_cos_2d')),
+                patch_dropout=altered(dict(patch_dropout=.5)),
+                tokens=altered(dict(output_tokens=True), dict(output_tokens=True),
+                               custom_text=True),
+                logit_bias=altered(init_logit_bias=-10, nonscalar_logit_scale=True),
+                ragged=altered(dict(image_size=37)),
+                one_block=altered(dict(layers=1), dict(layers=1)),
+                large_vocabulary=altered(text=dict(vocab_size=50000)),
+                eps=altered(dict(norm_kwargs=dict(eps=1e-3)), dict(norm_kwargs=dict(eps=1e-3))))
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_built_models(variant):
     clip = build_backbone(VARIANTS[variant], name=variant)
-    assert clip.logit_scale.ndim == 0 and clip.context_length == VARIANTS[variant]['text_cfg']['context_length']
+    assert clip.logit_scale.ndim == 0
+    assert clip.context_length == VARIANTS[variant]['text_cfg']['context_length']
     check_towers(clip)
     Backbone(built(VARIANTS[variant]))   # given directly: the same verdict
 
 
 def test_tokenizer_follows_the_configuration(monkeypatch):
-    "A model that was added to open_clip's list, with a context and a way of cleaning text of its own"
-    monkeypatch.setitem(CONFIGS, 'mine', altered(text=dict(context_length=24, tokenizer_kwargs=dict(clean='canonicalize'))))
+    """A model that was added to open_clip's list, with a context and a way of cleaning text of its
+    own"""
+    monkeypatch.setitem(
+        CONFIGS, 'mine',
+        altered(text=dict(context_length=24, tokenizer_kwargs=dict(clean='canonicalize'))))
     clip = load_backbone('mine', 'random', device='cpu')
-    assert clip.tokenize(['a cat']).shape == (1, 24) and torch.equal(clip.tokenize(['A, cat!']), clip.tokenize(['a cat']))
+    assert clip.tokenize(['a cat']).shape == (1, 24)
+    assert torch.equal(clip.tokenize(['A, cat!']), clip.tokenize(['a cat']))
     with pytest.raises(ValueError) as e: clip.tokenize(['word '*30])
     one_line(e, 'needs 32 tokens', 'holds 24', 'shorten')
 
 
-# ---- models that do not --------------------------------------------------------------------------------------------
+# ---- models that do not --------------------------------------------------------------------------
 
 def test_every_name_of_open_clip():
     "By configuration, and where open_clip alone can build the model, by its modules as well"
-    assert {'ViT-B-32', 'ViT-B-16', 'ViT-B-16-quickgelu', 'ViT-L-14', 'ViT-L-14-336', 'ViT-S-16', 'ViT-M-16-alt', 'ViT-H-14', 'ViT-bigG-14'} <= set(PLAIN)
+    assert {
+        'ViT-B-32', 'ViT-B-16', 'ViT-B-16-quickgelu', 'ViT-L-14', 'ViT-L-14-336', 'ViT-S-16',
+        'ViT-M-16-alt', 'ViT-H-14', 'ViT-bigG-14'
+    } <= set(PLAIN)
     for name in open_clip.list_models():
         cfg = open_clip.get_model_config(name)
         lacks = missing(cfg)
         foreign = 'timm_model_name' in cfg['vision_cfg'] or 'hf_model_name' in cfg['text_cfg']
-        assert lacks if foreign or any(s in name for s in ('RN', 'coca', 'SigLIP', 'CLIPA', 'worldwide')) else not lacks, name
+        assert lacks if foreign or any(
+            s in name for s in ('RN', 'coca', 'SigLIP', 'CLIPA', 'worldwide')) else not lacks, name
         if foreign: continue
-        if isinstance(cfg['vision_cfg']['layers'], int): cfg['vision_cfg']['layers'] = cfg['text_cfg']['layers'] = 1
+        if isinstance(cfg['vision_cfg']['layers'], int):
+            cfg['vision_cfg']['layers'] = cfg['text_cfg']['layers'] = 1
         with torch.device('meta'): model = built(cfg)
-        with pytest.raises(ValueError) if lacks else contextlib.nullcontext() as e: Backbone(model, name)
-        if lacks: one_line(e, name, *([] if lacks == [NEEDS['tokenizer']] else set(lacks)-{NEEDS['tokenizer']}))
+        with pytest.raises(ValueError) if lacks else contextlib.nullcontext() as e:
+            Backbone(model, name)
+        if lacks:
+            one_line(e, name,
+                     *([] if lacks == [NEEDS['tokenizer']] else set(lacks) - {NEEDS['tokenizer']}))
 
 
-@pytest.mark.parametrize('name,lacks', [('RN50', ['vit']), ('RN50x64-quickgelu', ['vit']), ('convnext_base', ['vit']), ('EVA02-B-16', ['vit']), ('MobileCLIP-B', ['vit']), ('PE-Core-B-16', ['vit']),
-    ('ViTamin-S', ['vit']), ('vit_medium_patch16_gap_256', ['vit']), ('ViT-B-16-SigLIP', ['vit', 'causal', 'eot', 'tokenizer']), ('ViT-B-16-SigLIP2', ['vit', 'causal', 'eot', 'tokenizer']),
-    ('MobileCLIP-S1', ['vit', 'causal']), ('nllb-clip-base-siglip', ['vit', 'causal', 'tokenizer']), ('roberta-ViT-B-32', ['causal', 'tokenizer']), ('xlm-roberta-large-ViT-H-14', ['causal', 'tokenizer']),
-    ('coca_base', ['eot']), ('coca_ViT-B-32', ['cls', 'eot']), ('coca_roberta-ViT-B-32', ['causal', 'eot', 'tokenizer']), ('ViT-L-14-CLIPA', ['cls', 'causal', 'eot', 'tokenizer']), ('ViT-H-14-worldwide', ['tokenizer'])])
+@pytest.mark.parametrize('name,lacks', [('RN50', ['vit']), ('RN50x64-quickgelu', ['vit']),
+                                        ('convnext_base', ['vit']), ('EVA02-B-16', ['vit']),
+                                        ('MobileCLIP-B', ['vit']), ('PE-Core-B-16', ['vit']),
+                                        ('ViTamin-S', ['vit']),
+                                        ('vit_medium_patch16_gap_256', ['vit']),
+                                        ('ViT-B-16-SigLIP', ['vit', 'causal', 'eot', 'tokenizer']),
+                                        ('ViT-B-16-SigLIP2', ['vit', 'causal', 'eot', 'tokenizer']),
+                                        ('MobileCLIP-S1', ['vit', 'causal']),
+                                        ('nllb-clip-base-siglip', ['vit', 'causal', 'tokenizer']),
+                                        ('roberta-ViT-B-32', ['causal', 'tokenizer']),
+                                        ('xlm-roberta-large-ViT-H-14', ['causal', 'tokenizer']),
+                                        ('coca_base', ['eot']), ('coca_ViT-B-32', ['cls', 'eot']),
+                                        ('coca_roberta-ViT-B-32', ['causal', 'eot', 'tokenizer']),
+                                        ('ViT-L-14-CLIPA', ['cls', 'causal', 'eot', 'tokenizer']),
+                                        ('ViT-H-14-worldwide', ['tokenizer'])])
 def test_refused_before_anything_is_built(name, lacks, monkeypatch):
     def never(*args, **kwargs): raise AssertionError('built')
-    for kind in ('CLIP', 'CustomTextCLIP', 'CoCa', 'get_tokenizer', 'create_model', 'create_model_and_transforms'): monkeypatch.setattr(open_clip, kind, never)
+
+    for kind in ('CLIP', 'CustomTextCLIP', 'CoCa', 'get_tokenizer', 'create_model',
+                 'create_model_and_transforms'):
+        monkeypatch.setattr(open_clip, kind, never)
     for pretrained in ('random', *open_clip.list_pretrained_tags_by_model(name)[:1], None):
         with pytest.raises(ValueError) as e: load_backbone(name, pretrained)
         said = one_line(e, name, *(NEEDS[l] for l in lacks), 'use', 'ViT-B-16')
-        assert not [w for k, w in NEEDS.items() if k not in lacks and w in said.replace(NEEDS['vit'], '' if k != 'vit' else NEEDS['vit'])]
+        assert not [
+            w for k, w in NEEDS.items() if k not in lacks
+            and w in said.replace(NEEDS['vit'], '' if k != 'vit' else NEEDS['vit'])
+        ]
 
 
-UNFIT = {'average': (dict(vision=dict(pool_type='avg')), 'cls'), 'attention pool': (dict(vision=dict(attentional_pool=True)), 'cls'), 'image blocks': (dict(vision=dict(block_type='custom')), 'vit'),
-         **{e: (dict(text={e: True}), 'causal') for e in module._EXTRAS}, 'image extras': (dict(vision=dict(qk_norm=True)), 'vit'), 'text blocks': (dict(text=dict(block_type='custom')), 'causal'),
-         'both ways': (dict(text=dict(no_causal_mask=True)), 'causal'), 'cls': (dict(text=dict(embed_cls=True)), 'eot'), 'last': (dict(text=dict(pool_type='last')), 'eot'),
-         'no projection': (dict(text=dict(proj_type='none')), 'eot'), 'oblong': (dict(vision=dict(image_size=(32, 40))), 'square'), 'resnet': (dict(vision=dict(layers=(1, 1, 1, 1), width=8)), 'vit')}
+UNFIT = {
+    'average': (dict(vision=dict(pool_type='avg')), 'cls'),
+    'attention pool': (dict(vision=dict(attentional_pool=True)), 'cls'), 'image blocks':
+        (dict(vision=dict(block_type='custom')), 'vit'),
+    **{e: (dict(text={e: True}), 'causal')
+       for e in module._EXTRAS}, 'image extras': (dict(vision=dict(qk_norm=True)), 'vit'),
+    'text blocks': (dict(text=dict(block_type='custom')), 'causal'), 'both ways':
+        (dict(text=dict(no_causal_mask=True)), 'causal'), 'cls':
+            (dict(text=dict(embed_cls=True)), 'eot'), 'last':
+                (dict(text=dict(pool_type='last')), 'eot'), 'no projection':
+                    (dict(text=dict(proj_type='none')), 'eot'), 'oblong':
+                        (dict(vision=dict(image_size=(32, 40))), 'square'), 'resnet':
+                            (dict(vision=dict(layers=(1, 1, 1, 1), width=8)), 'vit')
+}
 
 @pytest.mark.parametrize('custom', [False, True], ids='flat custom'.split())
 @pytest.mark.parametrize('case', UNFIT)
@@ -164,7 +233,9 @@ def test_unfit_configurations(case, custom):
     one_line(e, "'odd'", NEEDS[lack], 'use')
 
 
-@pytest.mark.parametrize('model', [nn.Linear(2, 2), nn.ModuleDict(dict(visual=nn.Linear(2, 2)))], ids='linear dict'.split())
+@pytest.mark.parametrize(
+    'model', [nn.Linear(2, 2), nn.ModuleDict(dict(visual=nn.Linear(2, 2)))],
+    ids='linear dict'.split())
 def test_no_clip_at_all(model):
     with pytest.raises(ValueError) as e: Backbone(model)
     one_line(e, 'custom', NEEDS['vit'], NEEDS['causal'], 'use')
@@ -178,15 +249,19 @@ def test_blocks_of_another_make():
     one_line(e, NEEDS['causal'])
 
 
-@pytest.mark.parametrize('text,tokenizer,says', [
-    (dict(vocab_size=1000), None, ['vocabulary of 1000', 'ids up to 49407']), (dict(pool_type='eos', eos_id=2), None, ['EOT 2', 'largest id']),
-    (dict(), open_clip.SimpleTokenizer(context_length=50), ['reads 77 tokens', 'gives 50'])], ids='vocabulary eos context'.split())
+@pytest.mark.parametrize(
+    'text,tokenizer,says',
+    [(dict(vocab_size=1000), None, ['vocabulary of 1000', 'ids up to 49407']),
+     (dict(pool_type='eos', eos_id=2), None, ['EOT 2', 'largest id']),
+     (dict(), open_clip.SimpleTokenizer(context_length=50), ['reads 77 tokens', 'gives 50'])],
+    ids='vocabulary eos context'.split())
 def test_tokenizer_that_does_not_fit(text, tokenizer, says):
-    with pytest.raises(ValueError) as e: build_backbone(altered(text=text), name='odd', tokenizer=tokenizer)
+    with pytest.raises(ValueError) as e:
+        build_backbone(altered(text=text), name='odd', tokenizer=tokenizer)
     one_line(e, "'odd'", *says, 'pass the tokenizer')
 
 
-# ---- weight files --------------------------------------------------------------------------------------------------
+# ---- weight files --------------------------------------------------------------------------------
 
 @pytest.fixture
 def mine(monkeypatch):
@@ -195,17 +270,36 @@ def mine(monkeypatch):
     return load_backbone('mine', 'random', device='cpu')
 
 def write_state(clip, path): torch.save(clip.model.state_dict(), path)
-def write_half(clip, path): torch.save({k: v.half() for k, v in clip.model.state_dict().items()}, path)
-def write_old(clip, path): torch.save(OrderedDict(clip.model.state_dict()), path, _use_new_zipfile_serialization=False)
+
+
+def write_half(clip, path):
+    torch.save({k: v.half() for k, v in clip.model.state_dict().items()}, path)
+
+
+def write_old(clip, path):
+    torch.save(OrderedDict(clip.model.state_dict()), path, _use_new_zipfile_serialization=False)
 def write_training(clip, path):
-    torch.save(dict(epoch=3, name='run', state_dict={f'module.{k}': v for k, v in clip.model.state_dict().items()}, optimizer=torch.optim.AdamW(clip.model.visual.ln_post.parameters()).state_dict()), path)
-def write_scale(clip, path): torch.save(clip.model.state_dict() | dict(logit_scale=clip.model.logit_scale[None], context_length=torch.tensor(77), vocab_size=torch.tensor(49408)), path)
+    torch.save(
+        dict(epoch=3,
+             name='run',
+             state_dict={f'module.{k}': v
+                         for k, v in clip.model.state_dict().items()},
+             optimizer=torch.optim.AdamW(clip.model.visual.ln_post.parameters()).state_dict()),
+        path)
+
+
+def write_scale(clip, path):
+    torch.save(
+        clip.model.state_dict() | dict(logit_scale=clip.model.logit_scale[None],
+                                       context_length=torch.tensor(77),
+                                       vocab_size=torch.tensor(49408)), path)
 
 @pytest.mark.parametrize('ending', ['pt', 'bin', 'ckpt'])
 @pytest.mark.parametrize('write', [write_state, write_old, write_training, write_scale])
 def test_tensors_in_a_pickle(write, ending, mine, tmp_path):
     write(mine, tmp_path/f'w.{ending}')
-    assert load_backbone('mine', tmp_path/f'w.{ending}', device='cpu').fingerprint == mine.fingerprint
+    assert load_backbone('mine', tmp_path/f'w.{ending}',
+                         device='cpu').fingerprint == mine.fingerprint
 
 
 def test_safetensors(mine, tmp_path, monkeypatch):
@@ -224,15 +318,23 @@ class Harm:
     def __init__(self, path): self.path = path
     def __reduce__(self): return os.mkdir, (str(self.path),)
 
-@pytest.mark.parametrize('wrap', [lambda m, h: h, lambda m, h: dict(m.model.state_dict(), extra=h), lambda m, h: dict(state_dict=m.model.state_dict(), args=h), lambda m, h: m.model], ids='bare entry beside module'.split())
+
+@pytest.mark.parametrize('wrap', [
+    lambda m, h: h, lambda m, h: dict(m.model.state_dict(), extra=h),
+    lambda m, h: dict(state_dict=m.model.state_dict(), args=h), lambda m, h: m.model
+],
+                         ids='bare entry beside module'.split())
 @pytest.mark.parametrize('name', ['w.pt', 'w.bin', 'w.pth', 'w', 'w.safetensors', 'w.npz'])
 @pytest.mark.parametrize('new', [True, False], ids='zip legacy'.split())
 def test_pickle_is_never_run(mine, tmp_path, name, wrap, new):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        torch.save(wrap(mine, Harm(tmp_path/'harmed')), tmp_path/name, _use_new_zipfile_serialization=new)
+        torch.save(wrap(mine, Harm(tmp_path/'harmed')),
+                   tmp_path/name,
+                   _use_new_zipfile_serialization=new)
     with pytest.raises(ValueError) as e: load_backbone('mine', tmp_path/name)
-    one_line(e, name, 'damaged', 'safetensors', *(['pickled objects'] if name != 'w.safetensors' else []))
+    one_line(e, name, 'damaged', 'safetensors',
+             *(['pickled objects'] if name != 'w.safetensors' else []))
     assert not (tmp_path/'harmed').exists()
 
 
@@ -243,7 +345,8 @@ def test_torchscript(mine, tmp_path):
     with pytest.raises(ValueError) as e: load_backbone('mine', tmp_path/'w.pt')
     one_line(e, 'w.pt', 'TorchScript', "tag 'openai'", 'save_file')
     save_file(scripted.state_dict(), tmp_path/'w.safetensors')   # the cure
-    assert load_backbone('mine', tmp_path/'w.safetensors', device='cpu').fingerprint == mine.fingerprint
+    assert load_backbone('mine', tmp_path/'w.safetensors',
+                         device='cpu').fingerprint == mine.fingerprint
     with pytest.raises(ValueError) as e: Backbone(scripted)
     one_line(e, NEEDS['vit'])
 
@@ -258,10 +361,16 @@ def test_truncated(mine, tmp_path, name):
         one_line(e, name, 'damaged', 'get it again')
 
 
-@pytest.mark.parametrize('change,says', [
-    (lambda sd: {k: v for k, v in sd.items() if k != 'ln_final.weight'}, ['ln_final.weight is missing,']), (lambda sd: sd | {'extra': torch.zeros(2)}, ['extra is']),
-    (lambda sd: sd | {'visual.proj': torch.zeros(3, 3)}, ['visual.proj is']), (lambda sd: {}, ['more tensors']),
-    (lambda sd: sd | {'visual.positional_embedding': torch.zeros(50, 32)}, ['visual.positional_embedding'])], ids='missing foreign shape empty grid'.split())
+@pytest.mark.parametrize('change,says',
+                         [(lambda sd: {k: v
+                                       for k, v in sd.items()
+                                       if k != 'ln_final.weight'}, ['ln_final.weight is missing,']),
+                          (lambda sd: sd | {'extra': torch.zeros(2)}, ['extra is']),
+                          (lambda sd: sd | {'visual.proj': torch.zeros(3, 3)}, ['visual.proj is']),
+                          (lambda sd: {}, ['more tensors']),
+                          (lambda sd: sd | {'visual.positional_embedding': torch.zeros(50, 32)},
+                           ['visual.positional_embedding'])],
+                         ids='missing foreign shape empty grid'.split())
 def test_weights_of_another_model(mine, tmp_path, change, says):
     for name, write in (('w.safetensors', save_file), ('w.pt', torch.save)):
         write(change(mine.model.state_dict()), tmp_path/name)
@@ -281,9 +390,15 @@ def test_no_file(mine, tmp_path):
         one_line(e, path.name, 'neither a file nor a tag')
 
 
-# ---- tags ----------------------------------------------------------------------------------------------------------
+# ---- tags ----------------------------------------------------------------------------------------
 
-def gelus(clip): return {type(b.mlp.gelu).__name__ for t in (clip.visual, clip.text) for b in t.transformer.resblocks}
+
+def gelus(clip):
+    return {
+        type(b.mlp.gelu).__name__
+        for t in (clip.visual, clip.text)
+        for b in t.transformer.resblocks
+    }
 
 @pytest.fixture
 def published(monkeypatch, tmp_path):
@@ -293,21 +408,32 @@ def published(monkeypatch, tmp_path):
     monkeypatch.setitem(CONFIGS, 'ViT-B-16-quickgelu', cfg | dict(quick_gelu=True))
     model = built(cfg)
     save_file(model.state_dict(), tmp_path/'open_clip_model.safetensors')
-    monkeypatch.setattr(open_clip, 'download_pretrained', lambda tag: str(tmp_path/'open_clip_model.safetensors'))
+    monkeypatch.setattr(open_clip, 'download_pretrained',
+                        lambda tag: str(tmp_path/'open_clip_model.safetensors'))
     return model
 
-@pytest.mark.parametrize('name,tag,gelu', [('ViT-B-16', 'openai', 'QuickGELU'), ('ViT-B-16', 'laion2b_s34b_b88k', 'GELU'), ('ViT-B-16-quickgelu', 'openai', 'QuickGELU'), ('ViT-B-16', 'dfn2b', 'QuickGELU')])
+
+@pytest.mark.parametrize('name,tag,gelu', [('ViT-B-16', 'openai', 'QuickGELU'),
+                                           ('ViT-B-16', 'laion2b_s34b_b88k', 'GELU'),
+                                           ('ViT-B-16-quickgelu', 'openai', 'QuickGELU'),
+                                           ('ViT-B-16', 'dfn2b', 'QuickGELU')])
 def test_the_tag_decides_the_activation(name, tag, gelu, published, recwarn):
     clip = load_backbone(name, tag, device='cpu')
-    assert gelus(clip) == {gelu} and clip.name == f'{name}/{tag}' and not [w for w in recwarn if 'GELU' in str(w.message)]
-    assert torch.equal(clip.visual.conv1.weight, published.visual.conv1.weight) and torch.equal(clip.text.token_embedding.weight, published.token_embedding.weight)
+    assert gelus(clip) == {gelu}
+    assert clip.name == f'{name}/{tag}'
+    assert not [w for w in recwarn if 'GELU' in str(w.message)]
+    assert torch.equal(clip.visual.conv1.weight, published.visual.conv1.weight)
+    assert torch.equal(clip.text.token_embedding.weight, published.token_embedding.weight)
     assert clip.mean == tuple(open_clip.OPENAI_DATASET_MEAN) and clip.interpolation == 'bicubic'
 
 
 def test_every_tag_that_wants_quickgelu():
     "No tag of a '-quickgelu' name wants anything else: the tag's word can be taken"
     for name in PLAIN:
-        if name.endswith('quickgelu'): assert all(open_clip.get_pretrained_cfg(name, t).get('quick_gelu') for t in open_clip.list_pretrained_tags_by_model(name))
+        if name.endswith('quickgelu'):
+            assert all(
+                open_clip.get_pretrained_cfg(name, t).get('quick_gelu')
+                for t in open_clip.list_pretrained_tags_by_model(name))
 
 
 def test_pixel_constants_of_the_tag(monkeypatch, tmp_path):
@@ -338,7 +464,7 @@ def test_a_tag_goes_before_a_file_of_its_name(published, tmp_path, monkeypatch):
     assert load_backbone('ViT-B-16', 'openai', device='cpu').name == 'ViT-B-16/openai'
 
 
-# ---- the rest ------------------------------------------------------------------------------------------------------
+# ---- the rest ------------------------------------------------------------------------------------
 
 def test_random_weights_are_silent(mine, capfd, recwarn):
     root, records = logging.getLogger(), []
@@ -348,7 +474,10 @@ def test_random_weights_are_silent(mine, capfd, recwarn):
     root.addHandler(keep)
     try: load_backbone('mine', 'random', device='cpu')
     finally: root.removeHandler(keep)
-    assert not records and not recwarn.list and capfd.readouterr() == ('', '') and (list(root.handlers), root.level) == (handlers, level)
+    assert not records
+    assert not recwarn.list
+    assert capfd.readouterr() == ('', '')
+    assert (list(root.handlers), root.level) == (handlers, level)
     root.warning('others still speak')
 
 
@@ -357,11 +486,13 @@ def test_fingerprint(mine, monkeypatch):
     h = hashlib.sha256()
     for k, v in sorted(mine.model.state_dict().items()): h.update(k.encode() + v.numpy().tobytes())
     first = mine.fingerprint
-    assert first == h.hexdigest()[:16] and first != build_backbone(TINY | dict(quick_gelu=True)).fingerprint
+    assert first == h.hexdigest()[:16]
+    assert first != build_backbone(TINY | dict(quick_gelu=True)).fingerprint
     def never(*args): raise AssertionError('computed twice')
     with monkeypatch.context() as m:
         m.setattr(module.hashlib, 'sha256', never)
-        assert mine.fingerprint == mine.to('cpu').fingerprint == mine.to(torch.float32).fingerprint == first
+        assert mine.fingerprint == mine.to('cpu').fingerprint == mine.to(
+            torch.float32).fingerprint == first
     other = mine.to(dtype=torch.bfloat16).fingerprint
     assert other != first and other == mine.to(dtype=torch.float32).fingerprint
 

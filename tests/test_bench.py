@@ -1,4 +1,5 @@
-"""The speed chapter's measurements: equal results, rows as documented, errors of one line. Seconds themselves are not judged here."""
+"""The speed chapter's measurements: equal results, rows as documented, errors of one line. Seconds
+themselves are not judged here."""
 import json
 
 import pandas as pd
@@ -11,7 +12,10 @@ from clipprompt.bench import CASES, bench, bench_clip, bench_names, peaks, plot_
 from helpers import refused, works
 
 KEYS = {'case', 'plain_s', 'fast_s', 'ratio', 'plain_mb', 'fast_mb', 'device'}
-NAMED = ['coop-m16-c100', 'coop-m4-c100', 'coop-m16-c1000', 'cocoop-c50', 'variational-s10-c50', 'ivlp-c50', 'maple-c50', 'vpt-deep', 'eval-cached']
+NAMED = [
+    'coop-m16-c100', 'coop-m4-c100', 'coop-m16-c1000', 'cocoop-c50', 'variational-s10-c50',
+    'ivlp-c50', 'maple-c50', 'vpt-deep', 'eval-cached'
+]
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -39,13 +43,18 @@ def test_a_difference_is_seen(monkeypatch):
 
 
 def test_the_command_writes_documented_rows(tmp_path):
-    r = works('bench', '--quick', '--cases', 'coop-m16-c1000,vpt-deep', '--repeats', '2', '--device', 'cpu', '--json', tmp_path/'new'/'speed.json')
+    r = works('bench', '--quick', '--cases', 'coop-m16-c1000,vpt-deep', '--repeats', '2',
+              '--device', 'cpu', '--json', tmp_path/'new'/'speed.json')
     rows = json.loads((tmp_path/'new'/'speed.json').read_text())
-    assert [row['case'] for row in rows] == ['coop-m16-c1000', 'vpt-deep'] and all(row['case'] in r.out for row in rows)
+    assert [row['case'] for row in rows] == ['coop-m16-c1000', 'vpt-deep']
+    assert all(row['case'] in r.out for row in rows)
     for row in rows:
-        assert KEYS <= set(row) and row['plain_s'] > 0 and row['ratio'] == pytest.approx(row['plain_s']/row['fast_s'])
+        assert KEYS <= set(row)
+        assert row['plain_s'] > 0
+        assert row['ratio'] == pytest.approx(row['plain_s']/row['fast_s'])
         assert len(row['plain_times']) == len(row['fast_times']) == 2 and row['error'] < 1e-5
-    assert rows[0]['plain_flop'] > 20*rows[0]['fast_flop'] and rows[0]['ratio'] > 2        # 77,000 rows against some 4,000
+    # 77,000 rows against some 4,000
+    assert rows[0]['plain_flop'] > 20*rows[0]['fast_flop'] and rows[0]['ratio'] > 2
     assert rows[0]['plain_mb'] is None or rows[0]['plain_mb'] > 3*rows[0]['fast_mb']
 
 
@@ -62,12 +71,17 @@ def test_stored_results_are_whole():
 
 
 def test_memory_of_a_killed_process_is_unknown(monkeypatch):
-    monkeypatch.setattr(module.subprocess, 'run', lambda *_, **__: type('Done', (), dict(returncode=-9, stdout='', stderr='')))
+    monkeypatch.setattr(
+        module.subprocess, 'run',
+        lambda *_, **__: type('Done', (), dict(returncode=-9, stdout='', stderr='')))
     assert peaks('vpt-deep') == dict(fast=None, plain=None)
 
 
 @pytest.mark.parametrize('args,says', [
-    (['--cases', 'coop-m16'], ["unknown case 'coop-m16'", 'coop-m16-c100']), (['--cases', ','], ['--cases is empty', 'at least one']),
-    (['--quick', '--device', 'gpu'], ["device 'gpu'", 'use cpu']), (['--precision', 'half'], ["precision 'half'", 'bf16']), (['--json', '/proc/no/speed.json', '--quick'], ['cannot write', 'choose a folder']),
+    (['--cases', 'coop-m16'], ["unknown case 'coop-m16'", 'coop-m16-c100']),
+    (['--cases', ','], ['--cases is empty', 'at least one']),
+    (['--quick', '--device', 'gpu'], ["device 'gpu'", 'use cpu']),
+    (['--precision', 'half'], ["precision 'half'", 'bf16']),
+    (['--json', '/proc/no/speed.json', '--quick'], ['cannot write', 'choose a folder']),
 ])
 def test_errors_of_one_line(args, says): refused('bench', *args, says=says)

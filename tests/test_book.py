@@ -23,13 +23,15 @@ def cell(source, kind='markdown', outputs=(), **more):
 
 def write_nb(path, *cells):
     cells = [dict(cell(c) if isinstance(c, str) else c, id=f'c{i}') for i, c in enumerate(cells)]
-    path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)), encoding='utf-8')
+    path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)),
+                    encoding='utf-8')
 
 
-# ---- Nothing is lost ------------------------------------------------------------------------------------------------
+# ---- Nothing is lost -----------------------------------------------------------------------------
 
 def pieces(nb):
-    "Every paragraph and every line of code that no directive hides, in order; the title's cell without its title"
+    """Every paragraph and every line of code that no directive hides, in order; the title's cell
+    without its title"""
     for i, c in enumerate(nb['cells']):
         text = docs_check.text(c['source'])
         if c['cell_type'] == 'raw': continue
@@ -39,14 +41,19 @@ def pieces(nb):
             yield from paragraphs
             continue
         flags = re.findall(r'^#\|\s*([\w-]+)', text, re.M)
-        if {'hide', 'default_exp'} & set(flags) or re.search(r'^#\|\s*echo:\s*false', text, re.M): continue
-        yield from (line for line in text.splitlines() if line.strip() and not line.startswith('#|'))
+        if {'hide', 'default_exp'} & set(flags) or re.search(r'^#\|\s*echo:\s*false', text, re.M):
+            continue
+        yield from (line for line in text.splitlines()
+                    if line.strip() and not line.startswith('#|'))
 
 
 def shown(nb):
     "The text of a filtered notebook, links of names undone"
     text = '\n'.join(docs_check.text(c['source']) for c in nb['cells'])
-    text = re.sub(r"^(title|subtitle): '?(.*?)'?$", lambda m: m[2].replace("''", "'"), text, flags=re.M)
+    text = re.sub(r"^(title|subtitle): '?(.*?)'?$",
+                  lambda m: m[2].replace("''", "'"),
+                  text,
+                  flags=re.M)
     text = re.sub(r'\[(`[^`\n]+`)\]\((?:[\w.]+\.ipynb)?#\w+\)', r'\1', text)
     return re.sub(r' \{#about-\w+\}', '', text)
 
@@ -75,13 +82,16 @@ def test_planted_losses_are_found():
     cells = filtered['cells']
     for what in ('Hand-written templates', 'def text_features', '## The prompt'):
         at = next(i for i, c in enumerate(cells) if what in docs_check.text(c['source']))
-        assert lost(nb, dict(filtered, cells=cells[:at] + cells[at+1:])), f'the missing cell of {what!r} was not seen'
+        assert lost(nb, dict(filtered, cells=cells[:at] +
+                             cells[at + 1:])), f'the missing cell of {what!r} was not seen'
     assert lost(nb, dict(filtered, cells=filtered['cells'][::-1])), 'another order was not seen'
 
 
 def test_title_gives_way_and_nothing_else(tmp_path):
-    write_nb(tmp_path/'a.ipynb', '# A: title\n\n> Sub: "quoted"\n\nFirst.\n\n- item: x\n\n# Not a title', cell('#| hide\nx = 1', 'code'),
-             cell('#| exporti\ndef _f(): pass', 'code'), cell('#| echo: false\nplot()', 'code'), cell('#| slow\nrun()', 'code'),
+    write_nb(tmp_path/'a.ipynb',
+             '# A: title\n\n> Sub: "quoted"\n\nFirst.\n\n- item: x\n\n# Not a title',
+             cell('#| hide\nx = 1', 'code'), cell('#| exporti\ndef _f(): pass', 'code'),
+             cell('#| echo: false\nplot()', 'code'), cell('#| slow\nrun()', 'code'),
              cell('import torch', 'code'))
     nb = json.loads(nbfilter.filter_nb((tmp_path/'a.ipynb').read_text(), 'a.ipynb'))
     texts = [docs_check.text(c['source']) for c in nb['cells']]
@@ -97,35 +107,43 @@ def test_cells_are_lists_of_lines():
     assert all(isinstance(c['source'], list) for c in docs_check.filtered(NBS[1])['cells'])
 
 
-# ---- Names and links ------------------------------------------------------------------------------------------------
+# ---- Names and links -----------------------------------------------------------------------------
 
 def test_sources_lead_to_their_lines():
     for name, found in names.names().items():
         for d in found:
-            line = (ROOT/'clipprompt'/f'{d.module}.py').read_text(encoding='utf-8').splitlines()[d.line-1]
+            line = (ROOT/'clipprompt'/
+                    f'{d.module}.py').read_text(encoding='utf-8').splitlines()[d.line - 1]
             assert name in line, f'{name}: line {d.line} of {d.module}.py is {line!r}'
             assert d.source.endswith(f'/clipprompt/{d.module}.py#L{d.line}')
 
 
 def test_names_lead_to_their_own_page_first():
-    assert nbfilter.linked('`fit` and `Fit`', '06_training.ipynb') == '[`fit`](#fit) and [`Fit`](#Fit)'
+    assert nbfilter.linked('`fit` and `Fit`',
+                           '06_training.ipynb') == '[`fit`](#fit) and [`Fit`](#Fit)'
     assert nbfilter.linked('`fit`', '11_coop.ipynb') == '[`fit`](06_training.ipynb#fit)'
-    assert nbfilter.linked('`CoOp.recipe` and `CoOp()`', '12_cocoop.ipynb').count('(11_coop.ipynb#CoOp)') == 2
-    for text in ('`encode_text`', '`table`', '`domain`', '`compare.png`', '`clip`', '[`fit`](x.ipynb)', '```\n`fit`\n```', '# `fit`'):
-        assert nbfilter.linked(text, '30_pretrain.ipynb' if text == '`fit`' else '02_prompts.ipynb') == text
+    assert nbfilter.linked('`CoOp.recipe` and `CoOp()`',
+                           '12_cocoop.ipynb').count('(11_coop.ipynb#CoOp)') == 2
+    for text in ('`encode_text`', '`table`', '`domain`', '`compare.png`', '`clip`',
+                 '[`fit`](x.ipynb)', '```\n`fit`\n```', '# `fit`'):
+        assert nbfilter.linked(
+            text, '30_pretrain.ipynb' if text == '`fit`' else '02_prompts.ipynb') == text
 
 
-# ---- The form of a chapter ------------------------------------------------------------------------------------------
+# ---- The form of a chapter -----------------------------------------------------------------------
 
 @pytest.fixture
 def book(tmp_path):
     "A book of two chapters that refer to each other"
     for name in ('settings.ini', 'references.bib'): shutil.copy(ROOT/name, tmp_path)
     (tmp_path/'nbs').mkdir()
-    (tmp_path/'_quarto.yml').write_text('book: {chapters: [index.qmd, nbs/01_one.ipynb, nbs/02_two.ipynb]}\n')
+    (tmp_path/'_quarto.yml'
+     ).write_text('book: {chapters: [index.qmd, nbs/01_one.ipynb, nbs/02_two.ipynb]}\n')
     (tmp_path/'index.qmd').write_text('# A book\n\nSee [one](nbs/01_one.ipynb#sec-one).\n')
-    write_nb(tmp_path/'nbs/01_one.ipynb', '# One\n\n> First', '## A section {#sec-one}\n\n$$ a = b $$ {#eq-a}\n\n@radford2021clip')
-    write_nb(tmp_path/'nbs/02_two.ipynb', '# Two\n\n> Second', '::: {.callout-note}\n@eq-a, @sec-one, [one](01_one.ipynb#sec-one)\n:::')
+    write_nb(tmp_path/'nbs/01_one.ipynb', '# One\n\n> First',
+             '## A section {#sec-one}\n\n$$ a = b $$ {#eq-a}\n\n@radford2021clip')
+    write_nb(tmp_path/'nbs/02_two.ipynb', '# Two\n\n> Second',
+             '::: {.callout-note}\n@eq-a, @sec-one, [one](01_one.ipynb#sec-one)\n:::')
     return tmp_path
 
 
@@ -141,23 +159,36 @@ def faults(book, capsys, *cells):
 
 def test_planted_faults_are_found(book, capsys):
     write_nb(book/'nbs/04_four.ipynb', '# Four\n\n> Fourth')
-    out = faults(book, capsys, '# Two\n\n> Second', 'Nobody wrote this [@nobody1999].', 'See @fig-none.', '$$ \\frac{a $$',
-                 'See [three](03_three.ipynb) and [one](01_one.ipynb#sec-none).', '## Again {#sec-one}', '::: {.callout-note}\nopen')
-    for fault in ('nobody1999', '@fig-none is not defined', 'TeX math', 'link to 03_three.ipynb', 'link to 01_one.ipynb#sec-none',
-                  'sec-one stands in 2 places', 'Div', 'nbs/04_four.ipynb is no chapter'):
+    out = faults(book, capsys, '# Two\n\n> Second', 'Nobody wrote this [@nobody1999].',
+                 'See @fig-none.', '$$ \\frac{a $$',
+                 'See [three](03_three.ipynb) and [one](01_one.ipynb#sec-none).',
+                 '## Again {#sec-one}', '::: {.callout-note}\nopen')
+    for fault in ('nobody1999', '@fig-none is not defined', 'TeX math', 'link to 03_three.ipynb',
+                  'link to 01_one.ipynb#sec-none', 'sec-one stands in 2 places', 'Div',
+                  'nbs/04_four.ipynb is no chapter'):
         assert fault in out, f'{fault!r} not reported in:\n{out}'
 
 
 def test_faults_of_form_are_found(book, capsys):
     stream = dict(output_type='stream', name='stdout', text='a'*101)
-    html = dict(output_type='display_data', metadata={}, data={'text/html': '<table></table>', 'text/plain': 'x'})
-    coarse = dict(output_type='display_data', metadata={}, data={'image/png': 'AAAA', 'text/plain': 'x'})
-    picture = dict(output_type='display_data', metadata={}, data={'image/svg+xml': '<svg></svg>', 'text/plain': '<x at 0x7f>'})
-    out = faults(book, capsys, '# 2. Two\n\n> Second', 'As chapter 11 says, `LNone`.', cell('x = 1  # ' + 'long '*30, 'code'),
-                 cell('f()', 'code', [stream]), cell('g()', 'code', [html]), cell('h()', 'code', [picture]),
-                 cell('#| label: fig-dots\n#| fig-cap: "Dots"\nh()', 'code', [coarse]), cell('#| label: fig-two\nh()', 'code', [picture, stream]), cell('#| label: tbl-two\ng()', 'code', [picture]))
-    for fault in ('the title has a number', 'names a chapter by its number', 'shows "LNone"', 'a line of', 'prints a line of 101',
-                  'a table that needs scripts', 'a figure without a label', 'fig-two has 2 outputs', 'fig-two has no caption',
+    html = dict(output_type='display_data',
+                metadata={},
+                data={'text/html': '<table></table>', 'text/plain': 'x'})
+    coarse = dict(output_type='display_data',
+                  metadata={},
+                  data={'image/png': 'AAAA', 'text/plain': 'x'})
+    picture = dict(output_type='display_data',
+                   metadata={},
+                   data={'image/svg+xml': '<svg></svg>', 'text/plain': '<x at 0x7f>'})
+    out = faults(book, capsys, '# 2. Two\n\n> Second', 'As chapter 11 says, `LNone`.',
+                 cell('x = 1  # ' + 'long '*30, 'code'), cell('f()', 'code', [stream]),
+                 cell('g()', 'code', [html]), cell('h()', 'code', [picture]),
+                 cell('#| label: fig-dots\n#| fig-cap: "Dots"\nh()', 'code', [coarse]),
+                 cell('#| label: fig-two\nh()', 'code', [picture, stream]),
+                 cell('#| label: tbl-two\ng()', 'code', [picture]))
+    for fault in ('the title has a number', 'names a chapter by its number', 'shows "LNone"',
+                  'a line of', 'prints a line of 101', 'a table that needs scripts',
+                  'a figure without a label', 'fig-two has 2 outputs', 'fig-two has no caption',
                   'tbl-two has no caption', 'not sharp on a fine screen'):
         assert fault in out, f'{fault!r} not reported in:\n{out}'
 
@@ -166,18 +197,23 @@ def test_this_book(capsys):
     assert not docs_check.main(), capsys.readouterr().out
 
 
-# ---- One symbol, one meaning ----------------------------------------------------------------------------------------
+# ---- One symbol, one meaning ---------------------------------------------------------------------
 
 SIZES = set('BCDEIJKLMNSTn')
-WORDS = {'frac', 'tfrac', 'sum', 'log', 'exp', 'cos', 'sqrt', 'big', 'Big', 'left', 'right', 'quad', 'qquad', 'text', 'mathrm', 'top',
-         'langle', 'rangle', 'lVert', 'rVert', 'Vert', 'in', 'le', 'ge', 'mid', 'dots', 'sim', 'odot', 'times', 'cdot', 'infty', 'approx',
-         'propto', 'leftarrow', 'begin', 'end', 'cases', 'aligned', 'prime', 'bar', 'tilde', 'hat', 'mathcal', 'mathbb', 'operatorname',
-         'bigl', 'bigr', 'Bigl', 'Bigr', 'max', 'min', 'ell', 'pi', 'lVert', 'ne', 'cdots', 'ldots', 'to', 'mapsto', 'circ', 'equiv',
-         'rule', 'vphantom', 'displaystyle', 'textstyle', 'underbrace', 'overbrace', 'label', 'nonumber', 'forall', 'partial', 'nabla'}
+WORDS = {
+    'frac', 'tfrac', 'sum', 'log', 'exp', 'cos', 'sqrt', 'big', 'Big', 'left', 'right', 'quad',
+    'qquad', 'text', 'mathrm', 'top', 'langle', 'rangle', 'lVert', 'rVert', 'Vert', 'in', 'le',
+    'ge', 'mid', 'dots', 'sim', 'odot', 'times', 'cdot', 'infty', 'approx', 'propto', 'leftarrow',
+    'begin', 'end', 'cases', 'aligned', 'prime', 'bar', 'tilde', 'hat', 'mathcal', 'mathbb',
+    'operatorname', 'bigl', 'bigr', 'Bigl', 'Bigr', 'max', 'min', 'ell', 'pi', 'lVert', 'ne',
+    'cdots', 'ldots', 'to', 'mapsto', 'circ', 'equiv', 'rule', 'vphantom', 'displaystyle',
+    'textstyle', 'underbrace', 'overbrace', 'label', 'nonumber', 'forall', 'partial', 'nabla'
+}
 
 
 def symbols(tex):
-    "The letters of a formula, Greek ones by name, script and blackboard letters with their alphabet"
+    """The letters of a formula, Greek ones by name, script and blackboard letters with their
+    alphabet"""
     tex = re.sub(r'\{#[\w-]+\}', '', tex)
     tex = re.sub(r'\\(?:text|mathrm|operatorname)\*?\{[^}]*\}|\\(?:begin|end)\{\w+\}', ' ', tex)
     script = set(re.findall(r'\\math(?:cal|bb)\s*\{?\s*[A-Z]', tex))
@@ -189,7 +225,8 @@ def symbols(tex):
 
 def notation():
     "The symbols of the table of notation"
-    first = re.findall(r'^\| (\$.*?) \|', (ROOT/'site/notation.qmd').read_text(encoding='utf-8'), re.M)
+    first = re.findall(r'^\| (\$.*?) \|', (ROOT/'site/notation.qmd').read_text(encoding='utf-8'),
+                       re.M)
     return set().union(*(symbols(f) for f in first))
 
 
@@ -205,4 +242,6 @@ def test_every_symbol_of_a_display_equation_is_in_the_notation():
 
 
 def test_symbols_are_read_as_they_are_meant():
-    assert symbols(r'\mathcal L_{\mathrm{ce}} = \tfrac1B\sum_i \lambda\,\tilde P_l') == {r'\mathcalL', 'B', 'i', 'lambda', 'P', 'l'}
+    assert symbols(r'\mathcal L_{\mathrm{ce}} = \tfrac1B\sum_i \lambda\,\tilde P_l') == {
+        r'\mathcalL', 'B', 'i', 'lambda', 'P', 'l'
+    }

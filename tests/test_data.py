@@ -1,4 +1,5 @@
-"""Chapter 04: splits and shots are the papers', transforms do what they say, and bad data gets one line that helps."""
+"""Chapter 04: splits and shots are the papers', transforms do what they say, and bad data gets one
+line that helps."""
 import json
 import math
 import os
@@ -20,14 +21,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from clipprompt.data import (DOMAINS, ENSEMBLE, PICTOGRAM_TEMPLATES, TASKS, TEMPLATES, DataError, DataNotFound, DataSet, Item, edge_map,
-                             load_dataset, pixelate, rotate90, test_transform, to_rgb, train_transform)
+from clipprompt.data import (DOMAINS, ENSEMBLE, PICTOGRAM_TEMPLATES, TASKS, TEMPLATES, DataError,
+                             DataNotFound, DataSet, Item, edge_map, load_dataset, pixelate,
+                             rotate90, test_transform, to_rgb, train_transform)
 
-CLIP = SimpleNamespace(image_size=32, mean=(.48, .46, .41), std=(.27, .26, .28), interpolation='bicubic')
+CLIP = SimpleNamespace(image_size=32,
+                       mean=(.48, .46, .41),
+                       std=(.27, .26, .28),
+                       interpolation='bicubic')
 
 
 def picture(seed=0, size=(20, 20)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
 def fill(folder, n=6, ending='png', start=0):
@@ -54,7 +60,7 @@ def one_line(error, *words):
     return message
 
 
-# ---- shots, halves -------------------------------------------------------------------------------------------------
+# ---- shots, halves -------------------------------------------------------------------------------
 
 def toy(sizes=(6, 6, 6), order=None):
     items = [Item(f'{c}{i}', c) for c in order or range(len(sizes)) for i in range(sizes[c])]
@@ -62,7 +68,8 @@ def toy(sizes=(6, 6, 6), order=None):
 
 
 def test_shots_are_pinned():
-    "Python promises the same sample for ever; if it ever breaks that, results stop being comparable and we want to know"
+    """Python promises the same sample for ever; if it ever breaks that, results stop being
+    comparable and we want to know"""
     data = toy(order=(1, 0, 2))
     assert [i.path for i in data.few_shot(2, 1).train] == ['11', '14', '00', '02', '20', '23']
 
@@ -75,7 +82,8 @@ def test_shots_as_coop_draws_them(shots, seed):
     for i in data.train: by_label.setdefault(i.label, []).append(i)
     random.seed(seed)
     theirs = []
-    for items in by_label.values(): theirs += random.sample(items, shots) if len(items) >= shots else items
+    for items in by_label.values():
+        theirs += random.sample(items, shots) if len(items) >= shots else items
     assert data.few_shot(shots, seed, allow_fewer=True).train == theirs
 
 
@@ -89,7 +97,9 @@ def test_shots_of_interleaved_labels_and_untouched_test():
     data = toy()
     data.train = [data.train[i] for i in random.Random(0).sample(range(18), 18)]
     few = data.few_shot(3, np.int64(2))
-    assert sorted(i.label for i in few.train) == [0]*3 + [1]*3 + [2]*3 and few.test == data.test and len(data.train) == 18
+    assert sorted(i.label for i in few.train) == [0]*3 + [1]*3 + [2]*3
+    assert few.test == data.test
+    assert len(data.train) == 18
 
 
 @pytest.mark.parametrize('shots', [0, -1, 2.5, '4', None])
@@ -110,10 +120,14 @@ def test_too_many_shots_name_class_and_count():
 def test_halves(n):
     data = toy((3,)*n)
     base, new = data.base(), data.new()
-    assert len(base.classnames) == math.ceil(n/2) and base.classnames + new.classnames == data.classnames
+    assert len(base.classnames) == math.ceil(n/2)
+    assert base.classnames + new.classnames == data.classnames
     for half in (base, new):
-        assert {i.label for i in half.train} == {i.label for i in half.test} == set(range(len(half.classnames)))
-        assert all(half.classnames[i.label] == data.classnames[int(i.path[:-1])] for i in half.train)
+        assert {i.label
+                for i in half.train} == {i.label
+                                         for i in half.test} == set(range(len(half.classnames)))
+        assert all(half.classnames[i.label] == data.classnames[int(i.path[:-1])]
+                   for i in half.train)
     assert len(base.train) + len(new.train) == len(data.train)
 
 
@@ -124,7 +138,7 @@ def test_a_half_of_one_class_is_refused():
         one_line(e, 'two classes each')
 
 
-# ---- domains, transforms, templates --------------------------------------------------------------------------------
+# ---- domains, transforms, templates --------------------------------------------------------------
 
 @pytest.mark.parametrize('size', [(64, 64), (40, 30)])
 def test_domains_are_pure_and_rgb(size):
@@ -132,8 +146,11 @@ def test_domains_are_pure_and_rgb(size):
     before = image.tobytes()
     for name, f in DOMAINS.items():
         out = f(image)
-        assert out.mode == 'RGB' and out.size == (size[::-1] if name == 'rotated' else size) and out.tobytes() == f(image).tobytes()
-    assert image.tobytes() == before and rotate90(rotate90(rotate90(rotate90(image)))).tobytes() == before
+        assert out.mode == 'RGB'
+        assert out.size == (size[::-1] if name == 'rotated' else size)
+        assert out.tobytes() == f(image).tobytes()
+    assert image.tobytes() == before
+    assert rotate90(rotate90(rotate90(rotate90(image)))).tobytes() == before
 
 
 def test_edge_map_by_hand():
@@ -163,33 +180,44 @@ def test_test_transform_is_resize_centre_crop_normalise():
     x = test_transform(CLIP)(image)
     ref = image.resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
     back = x*torch.tensor(CLIP.std)[:, None, None] + torch.tensor(CLIP.mean)[:, None, None]
-    assert x.shape == (3, 32, 32) and np.allclose(back.permute(1, 2, 0)*255, np.asarray(ref), atol=1e-3)
+    assert x.shape == (3, 32, 32)
+    assert np.allclose(back.permute(1, 2, 0)*255, np.asarray(ref), atol=1e-3)
 
 
 def test_train_transform_crops_and_flips_under_torchs_seed():
     image, t = picture(size=(60, 40)), train_transform(CLIP)
     draw = lambda seed: (torch.manual_seed(seed), t(image))[1]
-    assert draw(1).shape == (3, 32, 32) and torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert draw(1).shape == (3, 32, 32)
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
     crop, flip = t.transforms[:2]
-    assert tuple(crop.scale) == (.08, 1.) and tuple(crop.ratio) == (3/4, 4/3) and crop.interpolation.value == 'bicubic' and flip.p == .5
+    assert tuple(crop.scale) == (.08, 1.)
+    assert tuple(crop.ratio) == (3/4, 4/3)
+    assert crop.interpolation.value == 'bicubic'
+    assert flip.p == .5
     assert len(train_transform(CLIP, flip=False).transforms) == len(t.transforms)-1
 
 
 def test_templates():
     assert all(t.count('{}') == 1 for t in [*TEMPLATES.values(), *ENSEMBLE, *PICTOGRAM_TEMPLATES])
     assert len(ENSEMBLE) == 7 and len(set(PICTOGRAM_TEMPLATES)) == len(PICTOGRAM_TEMPLATES)
-    assert TEMPLATES['oxford_pets'] == 'a photo of a {}, a type of pet.' and TEMPLATES['dtd'] == '{} texture.'
+    assert TEMPLATES['oxford_pets'] == 'a photo of a {}, a type of pet.'
+    assert TEMPLATES['dtd'] == '{} texture.'
 
 
-# ---- what ships ----------------------------------------------------------------------------------------------------
+# ---- what ships ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name,task', [(n, t) for n in ('pictograms', 'emoji') for t in TASKS[n]])
 def test_shipped_tasks(name, task):
     data = load_dataset(name, task)
     assert (data.name, data.task, data.template) == (name, task, 'a photo of a {}.')
-    assert data.classnames == sorted(set(data.classnames)) and not any('_' in c for c in data.classnames)
-    assert not {i.path for i in data.train} & {i.path for i in data.test} and all(i.domain for i in data.train)
-    assert {i.label for i in data.train} == {i.label for i in data.test} == set(range(len(data.classnames)))
+    assert data.classnames == sorted(set(data.classnames))
+    assert not any('_' in c for c in data.classnames)
+    assert not {i.path for i in data.train} & {i.path for i in data.test}
+    assert all(i.domain for i in data.train)
+    assert {i.label
+            for i in data.train} == {i.label
+                                     for i in data.test} == set(range(len(data.classnames)))
     for item in (data.train[0], data.test[-1]):
         image = data.read(item)
         assert image.size == (64, 64) and image.mode == 'RGB' and np.asarray(image).std() > 5
@@ -197,20 +225,28 @@ def test_shipped_tasks(name, task):
 
 def test_pictograms_protocol(pictograms):
     for label in range(len(pictograms.classnames)):
-        train, test = ([i for i in s if i.label == label] for s in (pictograms.train, pictograms.test))
-        assert len(train) >= 16 and len(test) >= 8 and not {i.domain for i in train} & {i.domain for i in test}
+        train, test = ([i
+                        for i in s
+                        if i.label == label]
+                       for s in (pictograms.train, pictograms.test))
+        assert len(train) >= 16
+        assert len(test) >= 8
+        assert not {i.domain for i in train} & {i.domain for i in test}
     assert pictograms.task == 'pixels' and pictograms.crop_scale == (.6, 1.) and not pictograms.flip
     icons, styles = load_dataset(task='icons'), load_dataset(task='styles')
-    assert icons.train == pictograms.train == styles.train and not {i.path for i in styles.test} & {i.path for i in icons.test}
+    assert icons.train == pictograms.train == styles.train
+    assert not {i.path for i in styles.test} & {i.path for i in icons.test}
     assert not set(load_dataset('emoji').classnames) & set(icons.classnames)
-    assert DOMAINS['pixels'](icons.read(icons.test[0])).tobytes() == pictograms.read(pictograms.test[0]).tobytes()
+    assert DOMAINS['pixels'](icons.read(icons.test[0])).tobytes() == pictograms.read(
+        pictograms.test[0]).tobytes()
 
 
 def test_pictures_feed_a_loader(pictograms):
     few = pictograms.few_shot(1)
     pictures = few.pictures('train', test_transform(CLIP))
     alone = list(DataLoader(pictures, batch_size=30))
-    assert [b[0].shape for b in alone] == [(30, 3, 32, 32), (30, 3, 32, 32), (20, 3, 32, 32)] and torch.cat([b[1] for b in alone]).tolist() == list(range(80))
+    assert [b[0].shape for b in alone] == [(30, 3, 32, 32), (30, 3, 32, 32), (20, 3, 32, 32)]
+    assert torch.cat([b[1] for b in alone]).tolist() == list(range(80))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # Python 3.12 on: fork after threads
         workers = list(DataLoader(pictures, batch_size=30, num_workers=2))
@@ -224,16 +260,26 @@ def test_pictures_travel_light(pictograms):
     sent = pickle.dumps(pictograms.pictures('test', test_transform(CLIP)))
     assert len(sent) < 1e6
     image, label = pickle.loads(sent)[3]
-    assert torch.equal(image, pictograms.pictures('test', test_transform(CLIP))[3][0]) and label == pictograms.test[3].label
+    assert torch.equal(image, pictograms.pictures('test', test_transform(CLIP))[3][0])
+    assert label == pictograms.test[3].label
 
 
 def test_fingerprints(pictograms, folder, tmp_path):
-    prints = [d.fingerprint for d in (pictograms, load_dataset(task='edges'), pictograms.base(), pictograms.new(), pictograms.few_shot(1, 1), pictograms.few_shot(1, 2),
-                                      replace(pictograms, classnames=pictograms.classnames[::-1]))]
-    assert len(set(prints)) == len(prints) and prints[0] == load_dataset().fingerprint and prints[4] == pictograms.few_shot(1, 1).fingerprint
+    prints = [
+        d.fingerprint
+        for d in (pictograms, load_dataset(task='edges'), pictograms.base(), pictograms.new(),
+                  pictograms.few_shot(1, 1), pictograms.few_shot(1, 2),
+                  replace(pictograms, classnames=pictograms.classnames[::-1]))
+    ]
+    assert len(set(prints)) == len(prints)
+    assert prints[0] == load_dataset().fingerprint
+    assert prints[4] == pictograms.few_shot(1, 1).fingerprint
     t = test_transform(CLIP)
-    assert pictograms.pictures('test', t).fingerprint == pictograms.few_shot(2).pictures('test', t).fingerprint
-    assert pictograms.pictures('test', t).fingerprint != pictograms.pictures('test', train_transform(CLIP)).fingerprint
+    assert pictograms.pictures('test',
+                               t).fingerprint == pictograms.few_shot(2).pictures('test',
+                                                                                 t).fingerprint
+    assert pictograms.pictures('test', t).fingerprint != pictograms.pictures(
+        'test', train_transform(CLIP)).fingerprint
     before = load_dataset(folder).fingerprint
     os.renames(folder, tmp_path/'elsewhere'/'pets')
     assert load_dataset(tmp_path/'elsewhere'/'pets').fingerprint == before
@@ -243,9 +289,14 @@ def test_fingerprints(pictograms, folder, tmp_path):
 
 @pytest.fixture
 def shelf(tmp_path):
-    "A small benchmark in the shipped format, with a class that pandas would take for a missing value"
-    rows = [(f'icons/{c}/{f}{i}.png', c, s, 'icons', f, f, 'plain') for c in ('null', 'bell') for f, s in (('a', 'train'), ('b', 'test')) for i in range(3)]
-    pd.DataFrame(rows, columns='file class split part set family style'.split()).to_csv(tmp_path/'pictograms.csv', index=False)
+    """A small benchmark in the shipped format, with a class that pandas would take for a missing
+    value"""
+    rows = [(f'icons/{c}/{f}{i}.png', c, s, 'icons', f, f, 'plain')
+            for c in ('null', 'bell')
+            for f, s in (('a', 'train'), ('b', 'test'))
+            for i in range(3)]
+    pd.DataFrame(rows, columns='file class split part set family style'.split()).to_csv(
+        tmp_path/'pictograms.csv', index=False)
     with zipfile.ZipFile(tmp_path/'pictograms.zip', 'w') as z:
         for i, r in enumerate(rows):
             with z.open(r[0], 'w') as f: picture(i).save(f, 'PNG')
@@ -254,7 +305,9 @@ def shelf(tmp_path):
 
 def test_root_and_a_class_called_null(shelf):
     data = load_dataset(root=shelf, task='icons')
-    assert data.classnames == ['bell', 'null'] and len(data.train) == len(data.test) == 6 and data.train[0].domain == 'a'
+    assert data.classnames == ['bell', 'null']
+    assert len(data.train) == len(data.test) == 6
+    assert data.train[0].domain == 'a'
     assert data.read(data.train[0]).tobytes() == picture(6).tobytes()
 
 
@@ -270,7 +323,8 @@ def test_archive_damaged_or_missing(shelf):
 
 @pytest.mark.parametrize('part', ['styles', 'emoji'])
 def test_archive_without_a_part(shelf, part):
-    with pytest.raises(DataError) as e: load_dataset(*(('emoji',) if part == 'emoji' else ('pictograms', 'styles')), root=shelf)
+    with pytest.raises(DataError) as e:
+        load_dataset(*(('emoji', ) if part == 'emoji' else ('pictograms', 'styles')), root=shelf)
     one_line(e, part, 'pictograms.csv')
 
 
@@ -283,16 +337,20 @@ def test_archive_lacks_a_listed_picture(shelf):
     one_line(e, 'gone.png', 'pictograms.zip')
 
 
-# ---- your own folder -----------------------------------------------------------------------------------------------
+# ---- your own folder -----------------------------------------------------------------------------
 
 def test_flat_folder(folder):
     data = load_dataset(folder)
-    assert data.classnames == ['cat', 'eel', 'guide dog'] and data.name == 'pets' and repr(data) == 'pets: 3 classes, 12 training and 6 test pictures'
-    assert [os.path.basename(i.path) for i in data.test if i.label == 0] == ['04.png', '05.png']  # the last third, no seed
+    assert data.classnames == ['cat', 'eel', 'guide dog']
+    assert data.name == 'pets'
+    assert repr(data) == 'pets: 3 classes, 12 training and 6 test pictures'
+    # the last third, no seed
+    assert [os.path.basename(i.path) for i in data.test if i.label == 0] == ['04.png', '05.png']
     assert data.crop_scale == (.08, 1.) and data.flip
     image, label = data.pictures('train', train_transform(CLIP))[0]
     assert image.shape == (3, 32, 32) and label == 0
-    assert load_dataset(str(folder)).fingerprint == data.fingerprint == load_dataset('pets', root=folder.parent).fingerprint
+    assert load_dataset(str(folder)).fingerprint == data.fingerprint == load_dataset(
+        'pets', root=folder.parent).fingerprint
 
 
 def test_relative_folder_survives_a_change_of_directory(folder, monkeypatch):
@@ -316,7 +374,9 @@ def test_parted_folder(tmp_path, test):
     for c in 'ab': fill(tmp_path/'train'/c, 4); fill(tmp_path/test/c, 1, start=9)
     (tmp_path/'notes').mkdir()  # not a class: the split folders tell the layout
     data = load_dataset(tmp_path)
-    assert data.classnames == ['a', 'b'] and (len(data.train), len(data.test)) == (8, 2) and f'/{test}/' in data.test[0].path.replace('\\', '/')
+    assert data.classnames == ['a', 'b']
+    assert (len(data.train), len(data.test)) == (8, 2)
+    assert f'/{test}/' in data.test[0].path.replace('\\', '/')
 
 
 def test_train_alone_is_split(tmp_path):
@@ -341,14 +401,15 @@ def test_hidden_files_other_files_and_endings(folder):
 
 @pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P', 'L', '1'])
 def test_modes_become_rgb_on_white(folder, mode):
-    image = Image.new('RGBA', (8, 8), (0, 0, 0, 0)).convert(mode) if 'A' in mode else picture().convert(mode)
+    image = Image.new('RGBA', (8, 8),
+                      (0, 0, 0, 0)).convert(mode) if 'A' in mode else picture().convert(mode)
     image.save(folder/'cat'/'00.png')
     data = load_dataset(folder)
     out = data.read(data.train[0])
     assert out.mode == 'RGB' and ('A' not in mode or np.asarray(out).min() == 255)
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 def test_missing_folder(tmp_path):
     for where in (tmp_path/'gone', str(tmp_path/'gone'), './gone'):
@@ -357,14 +418,17 @@ def test_missing_folder(tmp_path):
     with pytest.raises(DataNotFound): load_dataset('gone', root=tmp_path)
 
 
-@pytest.mark.parametrize('name,near', [('pictogram', 'pictograms'), ('Emoji', 'emoji'), ('zzz', None)])
+@pytest.mark.parametrize('name,near', [('pictogram', 'pictograms'), ('Emoji', 'emoji'),
+                                       ('zzz', None)])
 def test_unknown_name(name, near):
     with pytest.raises(ValueError) as e: load_dataset(name)
     message = one_line(e, name, 'pictograms, emoji', 'folder')
     assert (f"did you mean '{near}'" in message) if near else 'did you mean' not in message
 
 
-@pytest.mark.parametrize('args,near', [(('pictograms', 'pixel'), 'pixels'), (('pictograms', 'edge'), 'edges'), (('emoji', 'rotate'), 'rotated')])
+@pytest.mark.parametrize('args,near', [(('pictograms', 'pixel'), 'pixels'),
+                                       (('pictograms', 'edge'), 'edges'),
+                                       (('emoji', 'rotate'), 'rotated')])
 def test_unknown_task(args, near):
     with pytest.raises(DataError) as e: load_dataset(*args)
     one_line(e, f"did you mean '{near}'", 'icons, edges, pixels, rotated')
@@ -381,7 +445,11 @@ def test_a_file_is_not_a_folder(folder):
     one_line(e, '00.png', 'is a file', 'folder')
 
 
-@pytest.mark.parametrize('make', [lambda p: None, lambda p: (p/'cat').mkdir(), lambda p: fill(p), lambda p: (fill(p/'train'), (p/'test').mkdir())], ids='empty noimages flat trainflat'.split())
+@pytest.mark.parametrize('make', [
+    lambda p: None, lambda p: (p/'cat').mkdir(), lambda p: fill(p), lambda p: (fill(p/'train'),
+                                                                               (p/'test').mkdir())
+],
+                         ids='empty noimages flat trainflat'.split())
 def test_folder_without_images(tmp_path, make):
     make(tmp_path)
     with pytest.raises(DataError) as e: load_dataset(tmp_path)
@@ -431,20 +499,28 @@ def test_test_part_with_other_classes(tmp_path):
 def break_(path, how):
     if how == 'empty': path.write_bytes(b'')
     elif how == 'text': path.write_text('not an image')
-    elif how == 'bit': b = bytearray(path.read_bytes()); b[len(b)//2] ^= 255; path.write_bytes(bytes(b))
+    elif how == 'bit':
+        b = bytearray(path.read_bytes())
+        b[len(b) // 2] ^= 255
+        path.write_bytes(bytes(b))
     else: path.write_bytes(path.read_bytes()[:path.stat().st_size//2])
 
 
-@pytest.mark.parametrize('ending,how', [('png', 'empty'), ('png', 'text'), ('png', 'bit'), ('png', 'cut'), ('jpg', 'empty'), ('jpg', 'text'), ('jpg', 'cut'), ('bmp', 'cut')])
+@pytest.mark.parametrize('ending,how', [('png', 'empty'), ('png', 'text'), ('png', 'bit'),
+                                        ('png', 'cut'), ('jpg', 'empty'), ('jpg', 'text'),
+                                        ('jpg', 'cut'), ('bmp', 'cut')])
 def test_unreadable_image_is_named_and_the_rest_usable(tmp_path, ending, how):
     for c in 'ab': fill(tmp_path/c, 6, ending)
     break_(tmp_path/'a'/f'01.{ending}', how)
     with pytest.raises(DataError) as e: load_dataset(tmp_path)
     one_line(e, '1 of 12 images', os.path.join('a', f'01.{ending}'), 'skip_broken=True')
-    with pytest.warns(UserWarning, match=f'1 of 12 images .*01.{ending}; left out') as said: data = load_dataset(tmp_path, skip_broken=True)
+    with pytest.warns(UserWarning, match=f'1 of 12 images .*01.{ending}; left out') as said:
+        data = load_dataset(tmp_path, skip_broken=True)
     assert said[0].filename == __file__  # the warning points at the caller
     assert len(data.train + data.test) == 11
-    for s in ('train', 'test'): assert all(image.shape == (3, 32, 32) for image, _ in data.pictures(s, test_transform(CLIP)))
+    for s in ('train', 'test'):
+        assert all(image.shape == (3, 32, 32)
+                   for image, _ in data.pictures(s, test_transform(CLIP)))
 
 
 def test_broken_test_picture_and_a_long_list(tmp_path):
@@ -457,13 +533,15 @@ def test_broken_test_picture_and_a_long_list(tmp_path):
 
 def test_test_part_with_nothing_but_broken_images(tmp_path):
     for c in 'ab': fill(tmp_path/'train'/c, 3); break_(fill(tmp_path/'test'/c, 1)/'00.png', 'cut')
-    with pytest.warns(UserWarning), pytest.raises(DataError) as e: load_dataset(tmp_path, skip_broken=True)
+    with pytest.warns(UserWarning), pytest.raises(DataError) as e:
+        load_dataset(tmp_path, skip_broken=True)
     one_line(e, 'test', 'can be read')
 
 
 def test_class_with_nothing_but_broken_images(folder):
     for p in (folder/'eel').iterdir(): break_(p, 'text')
-    with pytest.warns(UserWarning), pytest.raises(DataError) as e: load_dataset(folder, skip_broken=True)
+    with pytest.warns(UserWarning), pytest.raises(DataError) as e:
+        load_dataset(folder, skip_broken=True)
     one_line(e, "'eel'", 'no readable images')
 
 
@@ -481,11 +559,12 @@ def test_data_set_by_hand():
     one_line(e, "'mine'", 'class 1', 'empty name')
     with pytest.raises(DataError) as e: DataSet('mine', ['cat', 'dog'], [Item('x', 2)], [])
     one_line(e, 'train label 2', '0 to 1')
-    with pytest.raises(DataError) as e: DataSet('mine', ['cat', 'dog'], [Item('x', 1)], []).pictures('test', None)
+    with pytest.raises(DataError) as e:
+        DataSet('mine', ['cat', 'dog'], [Item('x', 1)], []).pictures('test', None)
     one_line(e, 'no test pictures')
 
 
-# ---- pictures in all their forms -----------------------------------------------------------------------------------
+# ---- pictures in all their forms -----------------------------------------------------------------
 
 def stored(image, format, **kwargs):
     out = BytesIO()
@@ -501,39 +580,54 @@ def halves(mode='RGB', left='red', right='blue'):
 @pytest.mark.parametrize('format', ['JPEG', 'PNG', 'TIFF', 'WEBP'])
 def test_upright(turn, format):
     "All eight notes of EXIF, undone by hand"
-    undo = {2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180], 4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_270],
-            7: [Image.Transpose.TRANSVERSE], 8: [Image.Transpose.ROTATE_90]}.get(turn, [])
+    undo = {
+        2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_270], 7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_90]
+    }.get(turn, [])
     note, source = Image.Exif(), picture(size=(16, 8))
     note[0x0112] = turn
     image = stored(source, format, exif=note, **(dict(lossless=True) if format == 'WEBP' else {}))
     expected = stored(source, 'JPEG').convert('RGB') if format == 'JPEG' else source
     for t in undo: expected = expected.transpose(t)
-    assert to_rgb(image).tobytes() == expected.tobytes() and to_rgb(image).size == ((8, 16) if turn > 4 else (16, 8))
+    assert to_rgb(image).tobytes() == expected.tobytes()
+    assert to_rgb(image).size == ((8, 16) if turn > 4 else (16, 8))
 
 
 @pytest.mark.filterwarnings('ignore:Corrupt EXIF')
 def test_a_broken_note_is_no_reason_to_refuse():
-    image = Image.open(BytesIO(b'\xff\xd8\xff\xe1\x00\x10Exif\0\0II*\0\xff\xff\xff\xff' + (lambda b: (halves().save(b, 'JPEG'), b.getvalue())[1])(BytesIO())[2:]))
+    image = Image.open(
+        BytesIO(b'\xff\xd8\xff\xe1\x00\x10Exif\0\0II*\0\xff\xff\xff\xff' +
+                (lambda b: (halves().save(b, 'JPEG'), b.getvalue())[1])(BytesIO())[2:]))
     assert to_rgb(image).size == (8, 4)
 
 
 def test_to_rgb_by_hand():
-    near = lambda image, at, colour, by=6: np.abs(np.array(to_rgb(image).getpixel(at), int) - colour).max() <= by
+    near = lambda image, at, colour, by=6: np.abs(
+        np.array(to_rgb(image).getpixel(at), int) - colour).max() <= by
     cmyk = stored(halves('CMYK'), 'JPEG', quality=100)
-    assert cmyk.mode == 'CMYK' and near(cmyk, (1, 1), (255, 0, 0), 12) and near(cmyk, (6, 1), (0, 0, 255), 12)
+    assert cmyk.mode == 'CMYK'
+    assert near(cmyk, (1, 1), (255, 0, 0), 12)
+    assert near(cmyk, (6, 1), (0, 0, 255), 12)
     deep = stored(Image.fromarray(np.array([[0, 65535, 32768, 256]]*4, np.uint16)), 'PNG')
     assert [to_rgb(deep).getpixel((x, 0))[0] for x in range(4)] == [0, 255, 128, 1]
-    old = Image.fromarray(np.array([[0, 65535, 32768, 256]]*4, np.int32))   # as PIL opened 16 bits in former times
+    # as PIL opened 16 bits in former times
+    old = Image.fromarray(np.array([[0, 65535, 32768, 256]]*4, np.int32))
     assert old.mode == 'I' and to_rgb(old).tobytes() == to_rgb(deep).tobytes()
     palette = halves('P', (0, 0, 0), (0, 0, 255))
     palette.info['transparency'] = palette.getpixel((0, 0))
     gif = stored(palette, 'PNG', transparency=palette.getpixel((0, 0)))
     assert gif.mode == 'P' and near(gif, (1, 1), (255,)*3, 0) and near(gif, (6, 1), (0, 0, 255), 0)
-    grey = stored(Image.merge('LA', (Image.new('L', (8, 4), 0), Image.new('L', (8, 4), 128))), 'PNG')
-    assert near(grey, (0, 0), (127,)*3, 1) and near(stored(halves('1', 'black', 'white'), 'PNG'), (7, 0), (255,)*3, 0)
+    grey = stored(Image.merge('LA', (Image.new('L', (8, 4), 0), Image.new('L', (8, 4), 128))),
+                  'PNG')
+    assert near(grey, (0, 0), (127,)*3, 1)
+    assert near(stored(halves('1', 'black', 'white'), 'PNG'), (7, 0), (255,)*3, 0)
 
 
-@pytest.mark.parametrize('image,says', [(Image.fromarray(np.ones((4, 4), np.float32)), 'fractions'), (Image.fromarray(np.full((4, 4), 70_000, np.int32)), '32 bits')])
+@pytest.mark.parametrize('image,says', [(Image.fromarray(np.ones((4, 4), np.float32)), 'fractions'),
+                                        (Image.fromarray(np.full(
+                                            (4, 4), 70_000, np.int32)), '32 bits')])
 def test_pixels_whose_scale_nobody_knows(folder, image, says):
     image.save(folder/'cat'/'00.tiff')
     with pytest.raises(DataError) as e: load_dataset(folder)
@@ -545,8 +639,14 @@ def test_of_an_animation_the_first_frame(tmp_path, format):
     frames = [Image.new('RGB', (8, 8), c) for c in ('red', 'lime', 'blue')]
     for c in 'ab':
         (tmp_path/c).mkdir()
-        for i in range(3): frames[0].save(tmp_path/c/f'{i}.{format.lower()}', format, save_all=True, append_images=frames[1:])
-    text = '\n'.join(['path,label', *(f'{c}/{i}.{format.lower()},{c}' for c in 'ab' for i in range(3))])   # a table may name any file that PIL reads
+        for i in range(3):
+            frames[0].save(tmp_path/c/f'{i}.{format.lower()}',
+                           format,
+                           save_all=True,
+                           append_images=frames[1:])
+    # a table may name any file that PIL reads
+    text = '\n'.join(
+        ['path,label', *(f'{c}/{i}.{format.lower()},{c}' for c in 'ab' for i in range(3))])
     (tmp_path/'t.csv').write_text(text)
     data = load_dataset(tmp_path)
     r, g, b = data.read(data.test[0]).getpixel((4, 4))
@@ -561,7 +661,8 @@ def test_absurdly_large(folder, monkeypatch):
             warnings.simplefilter('ignore')   # whatever the caller does with warnings
             with pytest.raises(DataError) as e: load_dataset(folder)
             one_line(e, os.path.join('eel', '02.png'), 'million pixels', '1 of 18')
-        with pytest.warns(UserWarning, match='02.png; left out'): data = load_dataset(folder, skip_broken=True)
+        with pytest.warns(UserWarning, match='02.png; left out'):
+            data = load_dataset(folder, skip_broken=True)
         assert len(data.train+data.test) == 17
         with pytest.raises(DataError) as e: data.source(str(folder/'eel'/'02.png'))
         one_line(e, '02.png', 'cannot read')
@@ -576,23 +677,29 @@ def test_what_is_wrong_is_said(folder):
     one_line(e, '2 of 19', 'damaged or no image, empty', '01.PNG')
 
 
-# ---- folders: names in words, val, origin --------------------------------------------------------------------------
+# ---- folders: names in words, val, origin --------------------------------------------------------
 
 def test_origin_and_split_of_folders(folder, monkeypatch):
     data = load_dataset(folder)
-    assert data.origin == dict(name=str(folder)) and data.split == 'last third of each class held back' and data.val == []
+    assert data.origin == dict(name=str(folder))
+    assert data.split == 'last third of each class held back'
+    assert data.val == []
     monkeypatch.chdir(folder.parent)
     assert load_dataset('./pets').origin == load_dataset('pets', root='.').origin == data.origin
     assert load_dataset(**data.few_shot(1).origin).fingerprint == data.fingerprint
     (folder/'cat'/'00.png').write_text('x')
-    with pytest.warns(UserWarning): assert load_dataset(folder, skip_broken=True).origin == dict(name=str(folder), skip_broken=True)
+    with pytest.warns(UserWarning):
+        assert load_dataset(folder, skip_broken=True).origin == dict(name=str(folder),
+                                                                     skip_broken=True)
 
 
 def test_three_parts(tmp_path):
     for part, n in (('train', 4), ('val', 2), ('test', 3)):
         for c in 'ab': fill(tmp_path/part/c, n)
     data = load_dataset(tmp_path)
-    assert (len(data.train), len(data.val), len(data.test)) == (8, 4, 6) and data.split == 'folders train and test' and len(data.few_shot(1).val) == 2
+    assert (len(data.train), len(data.val), len(data.test)) == (8, 4, 6)
+    assert data.split == 'folders train and test'
+    assert len(data.few_shot(1).val) == 2
     assert len(data.pictures('val', test_transform(CLIP))) == 4
     import shutil
     shutil.rmtree(tmp_path/'val')
@@ -602,19 +709,35 @@ def test_three_parts(tmp_path):
     one_line(e, 'val', 'lacks: c')
 
 
-@pytest.mark.parametrize('write', [lambda f: (f/'classnames.csv').write_text('folder,name\ncat,tabby_cat\nguide_dog,"dog, for the blind"\nfox,a fox\n'),
-                                   lambda f: (f/'classnames.json').write_text(json.dumps({'cat': 'tabby_cat', 'guide_dog': 'dog, for the blind', 'fox': 'a fox'}))], ids='csv json'.split())
+@pytest.mark.parametrize('write', [
+    lambda f: (f/'classnames.csv').write_text(
+        'folder,name\ncat,tabby_cat\nguide_dog,"dog, for the blind"\nfox,a fox\n'), lambda f:
+    (f/'classnames.json').write_text(
+        json.dumps({'cat': 'tabby_cat', 'guide_dog': 'dog, for the blind', 'fox': 'a fox'}))
+],
+                         ids='csv json'.split())
 def test_names_in_words(folder, write):
     write(folder)
     assert load_dataset(folder).classnames == ['tabby cat', 'eel', 'dog, for the blind']
-    (folder/'t.csv').write_text('\n'.join(['path,label', *(f'{c}/{i:02d}.png,{c}' for c in ('cat', 'guide_dog', 'eel') for i in range(4))]))
-    assert load_dataset(folder).classnames == load_dataset(folder/'t.csv').classnames == ['tabby cat', 'eel', 'dog, for the blind']
+    (folder/'t.csv').write_text('\n'.join([
+        'path,label',
+        *(f'{c}/{i:02d}.png,{c}' for c in ('cat', 'guide_dog', 'eel') for i in range(4))
+    ]))
+    assert load_dataset(folder).classnames == load_dataset(
+        folder/'t.csv').classnames == ['tabby cat', 'eel', 'dog, for the blind']
 
 
-@pytest.mark.parametrize('file,content,says', [
-    ('classnames.csv', 'cat', ['line 1', '1 cells instead of two']), ('classnames.csv', 'cat,a,b', ['3 cells']), ('classnames.csv', 'dog,hound', ['none of the classes', "'cat'"]),
-    ('classnames.csv', b'cat,\xff', ['UTF-8']), ('classnames.csv', 'cat,eel', ["'cat'", "'eel'", 'same class name']), ('classnames.csv', 'cat,_', ["'cat'", 'empty class name']),
-    ('classnames.json', '{', ['classnames.json', '{"folder": "name"}']), ('classnames.json', '[]', ['"name"']), ('classnames.json', '{"cat": 3}', ['"name"']), ('classnames.json', '{"cow": "x"}', ['none'])])
+@pytest.mark.parametrize('file,content,says',
+                         [('classnames.csv', 'cat', ['line 1', '1 cells instead of two']),
+                          ('classnames.csv', 'cat,a,b', ['3 cells']),
+                          ('classnames.csv', 'dog,hound', ['none of the classes', "'cat'"]),
+                          ('classnames.csv', b'cat,\xff', ['UTF-8']),
+                          ('classnames.csv', 'cat,eel', ["'cat'", "'eel'", 'same class name']),
+                          ('classnames.csv', 'cat,_', ["'cat'", 'empty class name']),
+                          ('classnames.json', '{', ['classnames.json', '{"folder": "name"}']),
+                          ('classnames.json', '[]', ['"name"']),
+                          ('classnames.json', '{"cat": 3}', ['"name"']),
+                          ('classnames.json', '{"cow": "x"}', ['none'])])
 def test_names_that_do_not_fit(folder, file, content, says):
     (folder/file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError) as e: load_dataset(folder)
@@ -627,7 +750,7 @@ def test_two_lists_of_names(folder):
     one_line(e, 'classnames.csv', 'classnames.json', 'keep one')
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 def table(folder, rows, header='path,label', name='t.csv'):
     (folder/name).write_text('\n'.join([header, *rows]) + '\n', encoding='utf-8')
@@ -636,37 +759,62 @@ def table(folder, rows, header='path,label', name='t.csv'):
 CLASSES = ('cat', 'eel', 'guide_dog')
 ROWS = [f'{c}/{i:02d}.png,{c}' for c in CLASSES for i in range(6)]
 
-def short(items): return [(i.path.replace('\\', '/').rsplit('/', 2)[1:], i.label, i.domain) for i in items]
+
+def short(items):
+    return [(i.path.replace('\\', '/').rsplit('/', 2)[1:], i.label, i.domain) for i in items]
 
 
 def test_table_is_the_folder(folder):
     "Whatever the order of its lines, and by either door"
     whole = load_dataset(folder)
     a = load_dataset(table(folder, random.Random(1).sample(ROWS, len(ROWS))))
-    assert short(a.train) == short(whole.train) and short(a.test) == short(whole.test) and a.classnames == whole.classnames and a.split == whole.split
+    assert short(a.train) == short(whole.train)
+    assert short(a.test) == short(whole.test)
+    assert a.classnames == whole.classnames
+    assert a.split == whole.split
     b = load_dataset(folder)
-    assert b.fingerprint == a.fingerprint and a.name == b.name == 't' and a.origin == dict(name=str(folder/'t.csv')) and load_dataset(**b.origin).fingerprint == a.fingerprint
-    assert load_dataset(table(folder, [r.replace(',', '\t') for r in ROWS], 'path\tlabel', 't.TSV')).train == a.train
+    assert b.fingerprint == a.fingerprint
+    assert a.name == b.name == 't'
+    assert a.origin == dict(name=str(folder/'t.csv'))
+    assert load_dataset(**b.origin).fingerprint == a.fingerprint
+    assert load_dataset(table(folder, [r.replace(',', '\t') for r in ROWS], 'path\tlabel',
+                              't.TSV')).train == a.train
 
 
 def test_table_with_splits(folder):
     rows = [f'{r},{p}' for r, p in zip(ROWS, ['train', 'Train', 'val', 'test', 'train', 'TEST']*3)]
     data = load_dataset(table(folder, rows[::-1], ' Path , LABEL,split'))
-    assert [len(x) for x in (data.train, data.val, data.test)] == [9, 3, 6] and data.split == 'column split of t.csv'
-    assert short(data.train)[0] == (['guide_dog', '04.png'], 2, '')   # its own order: few shots depend on it
+    assert [len(x) for x in (data.train, data.val, data.test)] == [9, 3, 6]
+    assert data.split == 'column split of t.csv'
+    # its own order: few shots depend on it
+    assert short(data.train)[0] == (['guide_dog', '04.png'], 2, '')
     assert data.few_shot(1).val and data.train[0].domain == ''
 
 
 def test_table_with_domains(folder):
     rows = [f'{r},{"north" if i % 3 else "south"},more' for i, r in enumerate(ROWS)]
     data = load_dataset(table(folder, rows, 'path,label,domain,note'))
-    assert data.domains == ['north', 'south'] and not data.by_domain and data.task == '' and len(data.train) == 12
+    assert data.domains == ['north', 'south']
+    assert not data.by_domain
+    assert data.task == ''
+    assert len(data.train) == 12
     alone = load_dataset(folder/'t.csv', task='south')
-    assert alone.domains == ['south'] and (len(alone.train), len(alone.test)) == (3, 3) and alone.task == 'south' and not alone.by_domain and alone.origin == dict(name=str(folder/'t.csv'), task='south')
+    assert alone.domains == ['south']
+    assert (len(alone.train), len(alone.test)) == (3, 3)
+    assert alone.task == 'south'
+    assert not alone.by_domain
+    assert alone.origin == dict(name=str(folder/'t.csv'), task='south')
     out = load_dataset(folder/'t.csv', 'south', sources='rest')
-    assert {i.domain for i in out.test} == {'south'} and {i.domain for i in out.train} == {'north'} and (len(out.train), len(out.test)) == (12, 6)
-    assert out.task == 'south' and out.by_domain and out.split == 'tested on south, trained on north' and out.origin == alone.origin | dict(sources='rest')
-    for d in (alone, out): assert load_dataset(**d.origin).fingerprint == d.fingerprint and json.loads(json.dumps(d.origin)) == d.origin
+    assert {i.domain for i in out.test} == {'south'}
+    assert {i.domain for i in out.train} == {'north'}
+    assert (len(out.train), len(out.test)) == (12, 6)
+    assert out.task == 'south'
+    assert out.by_domain
+    assert out.split == 'tested on south, trained on north'
+    assert out.origin == alone.origin | dict(sources='rest')
+    for d in (alone, out):
+        assert load_dataset(**d.origin).fingerprint == d.fingerprint and json.loads(
+            json.dumps(d.origin)) == d.origin
     assert out.pictures('test', test_transform(CLIP)).domains.tolist() == [1]*6
     image, label = out.few_shot(1).pictures('train', test_transform(CLIP))[0]
     assert image.shape == (3, 32, 32)
@@ -674,20 +822,30 @@ def test_table_with_domains(folder):
 
 def test_shots_from_each_domain_of_a_table(folder):
     rows = [f'{r},{"abc"[i % 3]},{"test" if i % 6 > 2 else "train"}' for i, r in enumerate(ROWS)]
-    data = load_dataset(table(folder, rows, 'path,label,domain,split'), task='a', sources=['c', 'b'])
-    assert Counter((i.domain, i.label) for i in data.few_shot(1).train) == {(d, l): 1 for d in 'bc' for l in range(3)}
-    assert {i.domain for i in data.test} == {'a'} and len(data.test) == 3 and data.origin['sources'] == ['c', 'b'] and load_dataset(**data.origin).fingerprint == data.fingerprint
+    data = load_dataset(table(folder, rows, 'path,label,domain,split'),
+                        task='a',
+                        sources=['c', 'b'])
+    assert Counter((i.domain, i.label) for i in data.few_shot(1).train) == {(d, l): 1
+                                                                            for d in 'bc'
+                                                                            for l in range(3)}
+    assert {i.domain for i in data.test} == {'a'}
+    assert len(data.test) == 3
+    assert data.origin['sources'] == ['c', 'b']
+    assert load_dataset(**data.origin).fingerprint == data.fingerprint
     assert {i.domain for i in load_dataset(folder/'t.csv', task='a', sources='b').train} == {'b'}
 
 
 def test_absolute_paths_and_other_folders(folder, tmp_path):
     (tmp_path/'lists').mkdir()
     data = load_dataset(table(tmp_path/'lists', [f'{folder}/{r}' for r in ROWS]))
-    assert short(data.train) == short(load_dataset(folder).train) and data.fingerprint and data.read(data.train[0]).size == (20, 20)
+    assert short(data.train) == short(load_dataset(folder).train)
+    assert data.fingerprint
+    assert data.read(data.train[0]).size == (20, 20)
 
 
 def test_a_table_beside_the_pictures_or_not_at_all(folder):
-    (folder/'notes.csv').write_text('file,comment\n'); (folder/'broken.csv').write_bytes(b'\xff\xfe')
+    (folder/'notes.csv').write_text('file,comment\n')
+    (folder/'broken.csv').write_bytes(b'\xff\xfe')
     assert load_dataset(folder).name == 'pets'   # not tables of pictures
     table(folder, ROWS), table(folder, ROWS, name='u.csv')
     with pytest.raises(DataError) as e: load_dataset(folder)
@@ -699,27 +857,50 @@ def test_broken_pictures_of_a_table(folder):
     break_(folder/'cat'/'01.png', 'cut')
     with pytest.raises(DataError) as e: load_dataset(table(folder, ROWS))
     one_line(e, '1 of 18', 'cat/01.png', 'skip_broken')
-    with pytest.warns(UserWarning, match='01.png; left out') as said: data = load_dataset(folder/'t.csv', skip_broken=True)
-    assert said[0].filename == __file__ and len(data.train+data.test) == 17 and data.origin['skip_broken']
+    with pytest.warns(UserWarning, match='01.png; left out') as said:
+        data = load_dataset(folder/'t.csv', skip_broken=True)
+    assert said[0].filename == __file__
+    assert len(data.train+data.test) == 17
+    assert data.origin['skip_broken']
 
 
 R = ROWS
-@pytest.mark.parametrize('header,rows,says', [
-    ('path,label', [], ['lists no pictures', 'path,label']), ('', [], ['lists no pictures']), ('file,label', R, ["no column 'path'", 'file, label']), ('path;label', [r.replace(',', ';') for r in R], ["no column 'path'", 'with commas between']),
-    ('path,class', R, ["no column 'label'"]), ('path,label,label', [f'{r},x' for r in R], ['two columns of the same name']), ('path,label', [*R[:3], 'cat/03.png'], ['line 5', '1 cells under 2']),
-    ('path,label', [*R, 'cat/03.png,cat,x'], ['line 20', '3 cells']), ('path,label', ['cat/03.png,', *R], ['line 2', 'no label']), ('path,label', [',cat', *R], ['line 2', 'no path']),
-    ('path,label', ['../pets/cat/03.png,cat', *R], ['line 2', 'leaves the folder', 'absolute']), ('path,label', ['cat/../eel/03.png,cat', *R], ['leaves the folder']), ('path,label', ['a\\..\\b.png,cat', *R], ['leaves']),
-    ('path,label', [*R, 'cat/00.png,eel'], ['line 20', 'line 2', 'remove one']), ('path,label', [*R, './cat/00.png,cat'], ['listed before']), ('path,label', [*R, 'cat/99.png,cat', 'x/1.png,cat'], ['2 pictures', 'line 20', '99.png']),
-    ('path,label', R[:6], ['one class', 'two']), ('path,label', [*R[:6], 'eel/01.png,_'], ["'_'", 'empty class name']), ('path,label', [*R[:6], 'eel/01.png,guide dog', *R[12:]], ["'guide dog' and 'guide_dog'", 'same class name']),
-    ('path,label', R[:7], ["'eel'", 'one picture']), ('path,label,split', [f'{r},trian' for r in R], ['line 2', "'trian'", 'train, val or test']), ('path,label,split', [f'{r},' for r in R], ['line 2', 'no split']),
-    ('path,label,split', [f'{r},train' for r in R], ['no test picture']), ('path,label,split', [f'{r},test' for r in R], ["class 'cat'", 'no training picture']),
-    ('path,label,domain', [f'{r},' for r in R], ['line 2', 'no domain']), ('path,label', ['"cat/03.png,cat', *R], ['t.csv', 'cannot read'])])
+@pytest.mark.parametrize(
+    'header,rows,says',
+    [('path,label', [], ['lists no pictures', 'path,label']), ('', [], ['lists no pictures']),
+     ('file,label', R, ["no column 'path'", 'file, label']),
+     ('path;label', [r.replace(',', ';') for r in R], ["no column 'path'", 'with commas between']),
+     ('path,class', R, ["no column 'label'"]),
+     ('path,label,label', [f'{r},x' for r in R], ['two columns of the same name']),
+     ('path,label', [*R[:3], 'cat/03.png'], ['line 5', '1 cells under 2']),
+     ('path,label', [*R, 'cat/03.png,cat,x'], ['line 20', '3 cells']),
+     ('path,label', ['cat/03.png,', *R], ['line 2', 'no label']),
+     ('path,label', [',cat', *R], ['line 2', 'no path']),
+     ('path,label', ['../pets/cat/03.png,cat', *R], ['line 2', 'leaves the folder', 'absolute']),
+     ('path,label', ['cat/../eel/03.png,cat', *R], ['leaves the folder']),
+     ('path,label', ['a\\..\\b.png,cat', *R], ['leaves']),
+     ('path,label', [*R, 'cat/00.png,eel'], ['line 20', 'line 2', 'remove one']),
+     ('path,label', [*R, './cat/00.png,cat'], ['listed before']),
+     ('path,label', [*R, 'cat/99.png,cat', 'x/1.png,cat'], ['2 pictures', 'line 20', '99.png']),
+     ('path,label', R[:6], ['one class', 'two']),
+     ('path,label', [*R[:6], 'eel/01.png,_'], ["'_'", 'empty class name']),
+     ('path,label', [*R[:6], 'eel/01.png,guide dog', *R[12:]
+                     ], ["'guide dog' and 'guide_dog'", 'same class name']),
+     ('path,label', R[:7], ["'eel'", 'one picture']),
+     ('path,label,split', [f'{r},trian' for r in R], ['line 2', "'trian'", 'train, val or test']),
+     ('path,label,split', [f'{r},' for r in R], ['line 2', 'no split']),
+     ('path,label,split', [f'{r},train' for r in R], ['no test picture']),
+     ('path,label,split', [f'{r},test' for r in R], ["class 'cat'", 'no training picture']),
+     ('path,label,domain', [f'{r},' for r in R], ['line 2', 'no domain']),
+     ('path,label', ['"cat/03.png,cat', *R], ['t.csv', 'cannot read'])])
 def test_table_that_cannot_be_used(folder, header, rows, says):
     with pytest.raises(DataError) as e: load_dataset(table(folder, rows, header))
     one_line(e, 't.csv', *says)
 
 
-@pytest.mark.parametrize('args,says', [(dict(task='south'), ["no column 'domain'", 'leave task out']), (dict(sources='rest'), ["no column 'domain'", 'leave sources out'])])
+@pytest.mark.parametrize('args,says',
+                         [(dict(task='south'), ["no column 'domain'", 'leave task out']),
+                          (dict(sources='rest'), ["no column 'domain'", 'leave sources out'])])
 def test_table_without_domains(folder, args, says):
     with pytest.raises(DataError) as e: load_dataset(table(folder, ROWS), **args)
     one_line(e, *says)
@@ -728,12 +909,22 @@ def test_table_without_domains(folder, args, says):
     one_line(e, 'a folder has no tasks', 'column')
 
 
-@pytest.mark.parametrize('args,says', [
-    (dict(task='soth'), ["did you mean 'south'"]), (dict(sources='rest'), ['need a task', 'north, south']), (dict(task='south', sources=['norht']), ["did you mean 'north'"]),
-    (dict(task='south', sources=[]), ['one or more domains']), (dict(task='south', sources=['south', 'north']), ['other than the task']), (dict(task='east', sources='rest'), ["class 'cat'", 'no training picture in the domains']), (dict(task='south'), ["class 'cat'", 'no training picture of domain south'])])
+@pytest.mark.parametrize(
+    'args,says',
+    [(dict(task='soth'), ["did you mean 'south'"]),
+     (dict(sources='rest'), ['need a task', 'north, south']),
+     (dict(task='south', sources=['norht']), ["did you mean 'north'"]),
+     (dict(task='south', sources=[]), ['one or more domains']),
+     (dict(task='south', sources=['south', 'north']), ['other than the task']),
+     (dict(task='east', sources='rest'), ["class 'cat'", 'no training picture in the domains']),
+     (dict(task='south'), ["class 'cat'", 'no training picture of domain south'])])
 def test_domains_that_are_not_there(folder, args, says):
-    rows = [f'{r},{"east" if r.startswith("cat") else "north" if i % 2 else "south"}' for i, r in enumerate(ROWS)]
-    with pytest.raises(DataError) as e: load_dataset(table(folder, rows, 'path,label,domain'), **args)
+    rows = [
+        f'{r},{"east" if r.startswith("cat") else "north" if i % 2 else "south"}'
+        for i, r in enumerate(ROWS)
+    ]
+    with pytest.raises(DataError) as e:
+        load_dataset(table(folder, rows, 'path,label,domain'), **args)
     one_line(e, *says)
 
 
@@ -741,13 +932,15 @@ def test_table_in_another_encoding_or_gone(folder):
     (folder/'t.csv').write_bytes('path,label\ncat/00.png,Kätzchen'.encode('latin-1'))
     with pytest.raises(DataError) as e: load_dataset(folder/'t.csv')
     one_line(e, 't.csv', 'UTF-8')
-    (folder/'t.csv').write_bytes('\ufeffpath,label\n'.encode() + '\r\n'.join(ROWS).replace(',cat', ',Kätzchen').encode())   # as Excel saves it
+    # as Excel saves it
+    (folder/'t.csv').write_bytes('\ufeffpath,label\n'.encode() +
+                                 '\r\n'.join(ROWS).replace(',cat', ',Kätzchen').encode())
     assert 'Kätzchen' in load_dataset(folder/'t.csv').classnames
     with pytest.raises(DataNotFound) as e: load_dataset(folder/'gone.csv')
     one_line(e, 'gone.csv')
 
 
-# ---- any table at all ----------------------------------------------------------------------------------------------
+# ---- any table at all ----------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def pool(tmp_path_factory):
@@ -756,8 +949,11 @@ def pool(tmp_path_factory):
     return root
 
 POOL = [f'{c}/{i:02d}.png' for c in 'ab' for i in range(6)]
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-NAMES = st.text('xyz é,"_', min_size=1, max_size=5).filter(lambda n: n.strip() == n and n.replace('_', ' ').strip())
+quick = settings(max_examples=40,
+                 deadline=None,
+                 suppress_health_check=[HealthCheck.function_scoped_fixture])
+NAMES = st.text('xyz é,"_', min_size=1,
+                max_size=5).filter(lambda n: n.strip() == n and n.replace('_', ' ').strip())
 
 def write(path, rows):
     import csv
@@ -765,19 +961,35 @@ def write(path, rows):
     return path
 
 @quick
-@given(names=st.lists(NAMES, min_size=2, max_size=3, unique_by=lambda n: ' '.join(n.replace('_', ' ').split())), order=st.permutations(POOL), data=st.data())
+@given(names=st.lists(NAMES,
+                      min_size=2,
+                      max_size=3,
+                      unique_by=lambda n: ' '.join(n.replace('_', ' ').split())),
+       order=st.permutations(POOL),
+       data=st.data())
 def test_valid_tables_load_as_written(pool, names, order, data):
-    labels = [*names, *names] + data.draw(st.lists(st.sampled_from(names), min_size=12-2*len(names), max_size=12-2*len(names)))
-    splits = ['train']*len(names) + ['test']*len(names) + data.draw(st.lists(st.sampled_from(['train', 'val', 'test']), min_size=12-2*len(names), max_size=12-2*len(names)))
+    labels = [*names, *names] + data.draw(
+        st.lists(st.sampled_from(names), min_size=12 - 2*len(names), max_size=12 - 2*len(names)))
+    splits = ['train']*len(names) + ['test']*len(names) + data.draw(
+        st.lists(st.sampled_from(['train', 'val', 'test']),
+                 min_size=12 - 2*len(names),
+                 max_size=12 - 2*len(names)))
     rows = [*zip(order, labels, splits)]
     loaded = load_dataset(write(pool/'t.csv', [('path', 'label', 'split'), *rows]))
     assert loaded.classnames == [' '.join(n.replace('_', ' ').split()) for n in sorted(names)]
     for part in ('train', 'val', 'test'):
-        assert [(i.path, i.label) for i in getattr(loaded, part)] == [(str(pool/p), sorted(names).index(l)) for p, l, s in rows if s == part]
+        assert [(i.path, i.label) for i in getattr(loaded, part)
+                ] == [(str(pool/p), sorted(names).index(l)) for p, l, s in rows if s == part]
 
 @quick
-@given(rows=st.lists(st.lists(st.sampled_from(['path', 'label', 'split', 'domain', 'train', 'test', 'a', 'b', '', '..', '\0', *POOL]) | st.text(max_size=4), max_size=4), max_size=8), header=st.booleans(),
-       junk=st.binary(max_size=3), task=st.sampled_from([None, 'a']))
+@given(rows=st.lists(st.lists(st.sampled_from(
+    ['path', 'label', 'split', 'domain', 'train', 'test', 'a', 'b', '', '..', '\0', *POOL])
+                              | st.text(max_size=4),
+                              max_size=4),
+                     max_size=8),
+       header=st.booleans(),
+       junk=st.binary(max_size=3),
+       task=st.sampled_from([None, 'a']))
 def test_any_table_loads_or_gets_one_line(pool, rows, header, junk, task):
     write(pool/'t.csv', [('path', 'label')]*header + rows)
     (pool/'t.csv').write_bytes((pool/'t.csv').read_bytes() + junk)

@@ -1,7 +1,9 @@
-"""Numbers recorded from the authors' code on small random CLIPs (tests/goldens) must come out again, on every path.
+"""Numbers recorded from the authors' code on small random CLIPs (tests/goldens) must come out
+again, on every path.
 
-Set CLIPPROMPT_GOLDENS to a folder to run other cases of the same format: cases are found by listing the folder and
-dispatched on `method` and `hparams`, never on file names. Error: max|a-b| / max|b| per tensor.
+Set CLIPPROMPT_GOLDENS to a folder to run other cases of the same format: cases are found by
+listing the folder and dispatched on `method` and `hparams`, never on file names. Error: max|a-b|
+/ max|b| per tensor.
 """
 import json
 import os
@@ -26,21 +28,53 @@ FOLDER = Path(os.environ.get('CLIPPROMPT_GOLDENS') or Path(__file__).parent/'gol
 CASES = sorted(p.stem for p in FOLDER.glob('*.json'))
 REST = slice(1, None)   # the reference code keeps the first layer's tokens apart from the others
 
-TEXT, IMAGE = [{'ctx': (f'{p}.tokens', 0), 'deep': (f'{p}.tokens', REST)} for p in ('ctx', 'visual_ctx')]
-WHERE = {   # method in the json -> our class; recorded parameter -> our parameter and an index into it
+TEXT, IMAGE = [{'ctx': (f'{p}.tokens', 0), 'deep': (f'{p}.tokens', REST)}
+               for p in ('ctx', 'visual_ctx')]
+# method in the json -> our class; recorded parameter -> our parameter and an index into it
+WHERE = {
     'CoOp': (CoOp, {'ctx': TEXT['ctx']}),
-    'CoCoOp': (CoCoOp, {'ctx': TEXT['ctx']} | {f'meta_net.linear{i}.{w}': (f'meta_net.linear{i}.{w}', ...) for i in (1, 2) for w in ('weight', 'bias')}),
-    'VPT deep (vision prompts only)': (VPT, {'visual_ctx': IMAGE['ctx'], 'deep_visual': IMAGE['deep']}),
-    'IVLP (independent prompts)': (IVLP, {'ctx': TEXT['ctx'], 'deep_text': TEXT['deep'], 'visual_ctx': IMAGE['ctx'], 'deep_visual': IMAGE['deep']}),
-    'MaPLe': (MaPLe, {'ctx': TEXT['ctx'], 'deep_text': TEXT['deep']} | {f'{p}proj.{w}': (f'proj.{w}', REST if p else 0) for p in ('', 'deep_') for w in ('weight', 'bias')}),
+    'CoCoOp': (CoCoOp, {'ctx': TEXT['ctx']} | {
+        f'meta_net.linear{i}.{w}': (f'meta_net.linear{i}.{w}', ...)
+        for i in (1, 2)
+        for w in ('weight', 'bias')
+    }),
+    'VPT deep (vision prompts only)':
+        (VPT, {'visual_ctx': IMAGE['ctx'], 'deep_visual': IMAGE['deep']}),
+    'IVLP (independent prompts)': (IVLP, {
+        'ctx': TEXT['ctx'], 'deep_text': TEXT['deep'], 'visual_ctx': IMAGE['ctx'],
+        'deep_visual': IMAGE['deep']
+    }),
+    'MaPLe': (MaPLe, {'ctx': TEXT['ctx'], 'deep_text': TEXT['deep']} | {
+        f'{p}proj.{w}': (f'proj.{w}', REST if p else 0)
+        for p in ('', 'deep_')
+        for w in ('weight', 'bias')
+    }),
 }
-FUSIONS = {'MuDPT linear fusion': 'linear', 'MuDPT transformer fusion': 'transformer', 'MuDPT text-to-vision only': 'text_to_vision'}
+FUSIONS = {
+    'MuDPT linear fusion': 'linear', 'MuDPT transformer fusion': 'transformer',
+    'MuDPT text-to-vision only': 'text_to_vision'
+}
 WHERE |= {m: (MuDPT, WHERE['IVLP (independent prompts)'][1]) for m in FUSIONS}
-WHERE |= {'ProVP': (ProVP, {'visual_prompts': ('visual_ctx.tokens', ...)}), 'ProVP-Ref': (ProVPRef, {'visual_prompts': ('visual_ctx.tokens', ...)})}
-WHERE['variational CoOp (unconditional)'] = VariationalCoOp, {'ctx': TEXT['ctx']} | {n: (n, ...) for n in ('posterior.mu', 'posterior.logvar')}
-WHERE['variational CoCoOp (conditional)'] = VariationalCoCoOp, {'ctx': TEXT['ctx']} | {n: (n, ...) for p in ('mu', 'logvar') for i in (0, 2, 4) for w in ('weight', 'bias') for n in [f'posterior.{p}.{i}.{w}']}
+WHERE |= {
+    'ProVP': (ProVP, {'visual_prompts': ('visual_ctx.tokens', ...)}),
+    'ProVP-Ref': (ProVPRef, {'visual_prompts': ('visual_ctx.tokens', ...)})
+}
+WHERE['variational CoOp (unconditional)'] = VariationalCoOp, {'ctx':
+    TEXT['ctx']} | {n: (n, ...)
+                    for n in ('posterior.mu', 'posterior.logvar')}
+WHERE['variational CoCoOp (conditional)'] = VariationalCoCoOp, {'ctx': TEXT['ctx']} | {
+    n: (n, ...)
+    for p in ('mu', 'logvar')
+    for i in (0, 2, 4)
+    for w in ('weight', 'bias')
+    for n in [f'posterior.{p}.{i}.{w}']
+}
 
-WHERE |= {f'MetaPrompt {setting}': (MetaPrompt, {'ctx_text': ('ctx.tokens', ...), 'ctx_visual': ('visual_ctx.tokens', ...)}) for setting in ('base-to-new', 'domain generalisation')}
+WHERE |= {
+    f'MetaPrompt {setting}':
+        (MetaPrompt, {'ctx_text': ('ctx.tokens', ...), 'ctx_visual': ('visual_ctx.tokens', ...)})
+    for setting in ('base-to-new', 'domain generalisation')
+}
 MODES = ('restore', 'clean')   # of MetaPrompt, recorded beside the reference's own
 
 class Literal(MetaPrompt):
@@ -51,18 +85,30 @@ class Literal(MetaPrompt):
 
     def classifier(self):
         t = self.frozen_text([t.replace('{}', c) for t in self.templates for c in self.given])
-        return torch.nn.functional.normalize(t.view(len(self.templates), len(self.given), -1).sum(0), dim=-1)
+        return torch.nn.functional.normalize(t.view(len(self.templates), len(self.given),
+                                                    -1).sum(0),
+                                             dim=-1)
 
 
 def method_of(case): return json.loads((FOLDER/f'{case}.json').read_text())['method']
 
 def learner_of(g):
-    "The learner of a case, and where its recorded parameters lie; recorded ones without layers (depth 1) are left out"
+    """The learner of a case, and where its recorded parameters lie; recorded ones without layers
+    (depth 1) are left out"""
     cls, where = WHERE[g.json['method']]
-    init, hparams = {k.removeprefix('init.') for k in g.tensors if k.startswith('init.')}, dict(g.json['hparams'])
+    init, hparams = {k.removeprefix('init.')
+                     for k in g.tensors
+                     if k.startswith('init.')}, dict(g.json['hparams'])
     if cls is MuDPT:
-        hparams['fusion'], ours = FUSIONS[g.json['method']], {'t2v_shallow': 'shallow', 't2v_deep': 't2v', 'v2t_deep': 'v2t'}
-        where = where | {k: (f'{ours.get(map_, map_)}.{leaf}', ...) for k in init for map_, _, leaf in [k.partition('.')] if leaf}
+        hparams['fusion'], ours = FUSIONS[g.json['method']], {
+            't2v_shallow': 'shallow', 't2v_deep': 't2v', 'v2t_deep': 'v2t'
+        }
+        where = where | {
+            k: (f'{ours.get(map_, map_)}.{leaf}', ...)
+            for k in init
+            for map_, _, leaf in [k.partition('.')]
+            if leaf
+        }
     if issubclass(cls, ProVP):
         hparams['templates'], weight = provp_template(hparams.pop('dataset')), hparams.pop('lambda')
         if cls is ProVPRef: hparams['weight'] = weight
@@ -77,42 +123,67 @@ def learner_of(g):
 
 def all_within(g, errors, dtype):
     tolerance = g.json['tolerances'][str(dtype).removeprefix('torch.')]
-    kinds = {'grad': 'grad', 'grad_sample': 'grad', 'param_after': 'param', 'param_after_sample': 'param', 'param_trace': 'param', 'loss_0': 'loss', 'loss_trace': 'loss'}
+    kinds = {
+        'grad': 'grad', 'grad_sample': 'grad', 'param_after': 'param',
+        'param_after_sample': 'param', 'param_trace': 'param', 'loss_0': 'loss',
+        'loss_trace': 'loss'
+    }
     for k, e in errors.items():
-        limit = tolerance[kinds.get(k.removeprefix('restore.').removeprefix('clean.').split('.')[0], 'logits')]
+        limit = tolerance[kinds.get(
+            k.removeprefix('restore.').removeprefix('clean.').split('.')[0], 'logits')]
         assert e <= limit, f'{k}: error {e:.1e} > {limit:.1e}'
 
 
 def injected(g):
-    "Puts what the reference drew at random in a step (None: in evaluation, where each image may have noise of its own) into a learner"
+    """Puts what the reference drew at random in a step (None: in evaluation, where each image may
+    have noise of its own) into a learner"""
     def inject(learner, step):
-        if isinstance(learner, Variational): learner.eps = g.tensors['eval.eps'][:, :, 0].transpose(0, 1) if step is None else g.tensors['batch.eps'][step]   # [L, E or 1, d]
-        if 'class_groups' in g.json and step is not None: learner.groups = [torch.tensor(group) for group in g.json['class_groups'][step]]
+        # [L, E or 1, d]
+        if isinstance(learner, Variational):
+            learner.eps = g.tensors['eval.eps'][:, :, 0].transpose(
+                0, 1) if step is None else g.tensors['batch.eps'][step]
+        if 'class_groups' in g.json and step is not None:
+            learner.groups = [torch.tensor(group) for group in g.json['class_groups'][step]]
     return inject
 
 @torch.no_grad()
 def at_the_start(g, learner, where):
-    "Errors of what some methods recorded besides: logits of MetaPrompt's two maps; a posterior and the logits of each sample"
+    """Errors of what some methods recorded besides: logits of MetaPrompt's two maps; a posterior
+    and the logits of each sample"""
     g.start(learner, where)
     injected(g)(learner, 0)
     x = g.batch(0)[0]
     z = Classifier.image_features(learner, x)
     if isinstance(learner, Variational):
         mu, logvar = learner.posterior(z)
-        return g.error('mu_0', mu) | g.error('logvar_0', logvar) | g.error('sample_logits_0', learner.sample_logits(z))
+        return g.error('mu_0', mu) | g.error('logvar_0', logvar) | g.error(
+            'sample_logits_0', learner.sample_logits(z))
     if not isinstance(learner, MetaPrompt): return {}
     s = g.backbone.logit_scale
-    return g.error('logits_image_0', s*learner.prompted_image(x) @ learner.classifier().T) | g.error('logits_text_0', s*z @ learner.prompted_text().T)
+    return g.error('logits_image_0',
+                   s*learner.prompted_image(x) @ learner.classifier().T) | g.error(
+                       'logits_text_0', s*z @ learner.prompted_text().T)
 
 def other_modes(g, learner, where):
-    "Errors of the modes that are recorded beside the reference's own, under names such as `expect.clean.loss_trace`"
+    """Errors of the modes that are recorded beside the reference's own, under names such as
+    `expect.clean.loss_trace`"""
     errors = {}
     for mode in MODES if isinstance(learner, MetaPrompt) else ():
-        other, part = Literal(g.backbone, g.json['classnames'], **learner.hparams | dict(mode=mode)), Golden.__new__(Golden)
+        other, part = Literal(g.backbone, g.json['classnames'],
+                              **learner.hparams | dict(mode=mode)), Golden.__new__(Golden)
         other.text = learner.text
-        tensors = {k.replace(f'.{mode}.', '.'): v for k, v in g.tensors.items() if k.startswith((f'expect.{mode}.', 'batch.', 'eval.', 'init.'))}
-        vars(part).update(vars(g) | dict(tensors=tensors | {'expect.loss_0': g.tensors['expect.loss_0']}))
-        errors |= {f'{mode}.{k}': e for k, e in part.replay(other, where, injected(g)).items() if k != 'loss_0'}
+        tensors = {
+            k.replace(f'.{mode}.', '.'): v
+            for k, v in g.tensors.items()
+            if k.startswith((f'expect.{mode}.', 'batch.', 'eval.', 'init.'))
+        }
+        vars(part).update(
+            vars(g) | dict(tensors=tensors | {'expect.loss_0': g.tensors['expect.loss_0']}))
+        errors |= {
+            f'{mode}.{k}': e
+            for k, e in part.replay(other, where, injected(g)).items()
+            if k != 'loss_0'
+        }
     return errors
 
 
@@ -122,33 +193,47 @@ def other_modes(g, learner, where):
 def test_golden(case, dtype, path):
     g = Golden(FOLDER/case, dtype)
     learner, where = learner_of(g)
-    learner.text.plain, learner.text.checkpoint, learner.text.chunk = path == 'plain', path == 'checkpoint', 2
+    learner.text.plain = path == 'plain'
+    learner.text.checkpoint = path == 'checkpoint'
+    learner.text.chunk = 2
     if 'tokens.prompt_ids' in g.tensors:  # the placeholder strings, tokenised as the reference did
-        ours = learner.sentences if g.json['hparams'].get('position', 'end') == 'end' else place(g.backbone, g.json['classnames'], learner.sentences.slots.shape[1])
+        ours = learner.sentences if g.json['hparams'].get('position', 'end') == 'end' else place(
+            g.backbone, g.json['classnames'], learner.sentences.slots.shape[1])
         assert torch.equal(ours.ids, g.tensors['tokens.prompt_ids'].long())
-    errors = at_the_start(g, learner, where) | other_modes(g, learner, where) | g.replay(learner, where, injected(g))
+    errors = at_the_start(g, learner, where) | other_modes(g, learner, where) | g.replay(
+        learner, where, injected(g))
     all_within(g, errors, dtype)
     left = {k.removeprefix('expect.') for k in g.tensors if k.startswith('expect.')} - set(errors)
     assert not left, f'recorded values that no test looked at: {sorted(left)}'
     if 'expect.new_class_logits' not in g.tensors:
-        with pytest.raises(ValueError, match='cannot be used for other names'): learner.for_classes(['cat', 'dog'])
+        with pytest.raises(ValueError, match='cannot be used for other names'):
+            learner.for_classes(['cat', 'dog'])
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=['float64', 'float32'])
 @pytest.mark.parametrize('case', [c for c in CASES if method_of(c) == 'zero-shot CLIP'])
 def test_golden_zero_shot(case, dtype):
     g = Golden(FOLDER/case, dtype)
-    def scores(names, texts, images):   # the recorded sentences are ready made, all templates of a class together
+    # the recorded sentences are ready made, all templates of a class together
+    def scores(names, texts, images):
         first = names[0].replace('_', ' ')
-        return ZeroShot(g.backbone, names, [t.replace(first, '{}') for t in texts[:len(texts)//len(names)]])(images)
+        return ZeroShot(g.backbone, names,
+                        [t.replace(first, '{}') for t in texts[:len(texts) // len(names)]])(images)
     J, images = g.json, g.tensors['eval.images'].to(dtype)
-    errors = g.error('logits_0', scores(J['classnames'], J['fixed_texts'], g.batch(0)[0])) | g.error('eval_logits', scores(J['classnames'], J['fixed_texts'], images))
+    errors = g.error('logits_0', scores(
+        J['classnames'], J['fixed_texts'],
+        g.batch(0)[0])) | g.error('eval_logits', scores(J['classnames'], J['fixed_texts'], images))
     errors |= g.error('new_class_logits', scores(J['new_classnames'], J['new_fixed_texts'], images))
-    if 'ensemble_templates' in J['hparams']: errors |= g.error('ensemble_logits_0', ZeroShot(g.backbone, J['classnames'], J['hparams']['ensemble_templates'])(g.batch(0)[0]))
+    if 'ensemble_templates' in J['hparams']:
+        errors |= g.error(
+            'ensemble_logits_0',
+            ZeroShot(g.backbone, J['classnames'],
+                     J['hparams']['ensemble_templates'])(g.batch(0)[0]))
     all_within(g, errors, dtype)
     assert {f'expect.{k}' for k in errors} == {k for k in g.tensors if k.startswith('expect.')}
 
 
 def test_there_are_goldens():
     assert CASES, f'no golden cases in {FOLDER}'
-    assert {method_of(c) for c in CASES} <= set(WHERE) | {'zero-shot CLIP'} or 'CLIPPROMPT_GOLDENS' in os.environ
+    assert {method_of(c)
+            for c in CASES} <= set(WHERE) | {'zero-shot CLIP'} or 'CLIPPROMPT_GOLDENS' in os.environ

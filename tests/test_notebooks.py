@@ -1,8 +1,9 @@
-"""Every notebook runs, one test each: `NB_FLAGS="slow gpu" pytest tests/test_notebooks.py -k coop` runs flagged cells too.
+"""Every notebook runs, one test each: `NB_FLAGS="slow gpu" pytest tests/test_notebooks.py -k coop`
+runs flagged cells too.
 
-The runner is nbdev's own, which honours the flags and needs no Jupyter kernel. Each notebook gets a process of its
-own, as it does with a reader: seeds, default dtypes, patched names and open figures of one chapter must neither help
-nor hurt the next.
+The runner is nbdev's own, which honours the flags and needs no Jupyter kernel. Each notebook
+gets a process of its own, as it does with a reader: seeds, default dtypes, patched names and
+open figures of one chapter must neither help nor hurt the next.
 """
 import configparser
 import os
@@ -29,17 +30,29 @@ def run(nb):
     cfg = configparser.ConfigParser()
     cfg.read(ROOT/'settings.ini')
     force = os.environ.get('NB_FLAGS', '')
-    return subprocess.run([sys.executable, '-c', RUN, nb, ROOT, cfg['DEFAULT']['tst_flags'], force], cwd=ROOT,
-                          env={**os.environ, 'MPLBACKEND': 'Agg', 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                          text=True, errors='replace', timeout=None if force else 900)  # a chapter takes three minutes at most
+    return subprocess.run(
+        [sys.executable, '-c', RUN, nb, ROOT, cfg['DEFAULT']['tst_flags'], force],
+        cwd=ROOT,
+        env={**os.environ, 'MPLBACKEND': 'Agg', 'OMP_NUM_THREADS': '1'},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        # a chapter takes three minutes at most
+        text=True,
+        errors='replace',
+        timeout=None if force else 900)
 
 
 @pytest.fixture(scope='module')
 def running(request):
-    "Two at a time, one thread each: towers as small as these gain little from a second thread. Workers of `pytest -n` see to that themselves"
+    """Two at a time, one thread each: towers as small as these gain little from a second thread.
+    Workers of `pytest -n` see to that themselves"""
     if 'PYTEST_XDIST_WORKER' in os.environ: yield {}; return
     pool = ThreadPoolExecutor(2)
-    yield {nb: pool.submit(run, nb) for nb in NBS if any(i.name == f'test_notebook[{nb.stem}]' for i in request.session.items)}
+    yield {
+        nb: pool.submit(run, nb)
+        for nb in NBS
+        if any(i.name == f'test_notebook[{nb.stem}]' for i in request.session.items)
+    }
     pool.shutdown(cancel_futures=True)
 
 

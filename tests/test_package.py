@@ -32,7 +32,10 @@ print(*names)
 
 
 def test_every_module_imports_alone_and_offline(tmp_path):
-    r = subprocess.run([sys.executable, '-c', IMPORT_ALL], cwd=tmp_path, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-c', IMPORT_ALL],
+                       cwd=tmp_path,
+                       capture_output=True,
+                       text=True)
     assert r.returncode == 0, r.stderr
     exported = {p.stem for p in (ROOT/'clipprompt').glob('*.py')} - {'__init__'}
     assert set(r.stdout.split()) == exported
@@ -45,13 +48,16 @@ def test_one_version():
     assert 'version' in PYPROJECT['project']['dynamic']
 
 
-def names(requirements): return {re.split(r'[\s<>=!~;\[]', r)[0].lower().replace('-', '_') for r in requirements}
+def names(requirements):
+    return {re.split(r'[\s<>=!~;\[]', r)[0].lower().replace('-', '_') for r in requirements}
 
 
 def test_dependencies():
     run = names(PYPROJECT['project']['dependencies'])
-    assert run >= {'torch', 'torchvision', 'open_clip_torch', 'safetensors', 'numpy', 'pandas', 'matplotlib', 'seaborn',
-                   'tqdm', 'typer', 'rich'}
+    assert run >= {
+        'torch', 'torchvision', 'open_clip_torch', 'safetensors', 'numpy', 'pandas', 'matplotlib',
+        'seaborn', 'tqdm', 'typer', 'rich'
+    }
     assert not run & {'nbdev', 'fastcore', 'execnb'}
     extras = PYPROJECT['project']['optional-dependencies']
     assert set(extras['pretrain']) | set(extras['tensorboard']) <= set(extras['dev'])

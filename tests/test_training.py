@@ -1,4 +1,5 @@
-"""Learners and training: exact, frozen where they must be, reproducible, and unharmed by a power cut."""
+"""Learners and training: exact, frozen where they must be, reproducible, and unharmed by a power
+cut."""
 import importlib.util
 import json
 import os
@@ -23,7 +24,10 @@ from clipprompt.training import encode, evaluate, fit, lr_at
 from clipprompt.variational import Variational
 from helpers import TINY, shapes, tiny_clip
 
-NAMES = ['a', 'guide dog', 'eel', 'a small red bird with a very long tail that sits on the branch of an old tree', 'cat']
+NAMES = [
+    'a', 'guide dog', 'eel',
+    'a small red bird with a very long tail that sits on the branch of an old tree', 'cat'
+]
 RECIPE = Recipe(lr=.05, epochs=3, batch_size=4)
 TENSORBOARD = importlib.util.find_spec('tensorboard') is not None
 
@@ -37,23 +41,34 @@ def clip32(): return tiny_clip()
 
 
 @pytest.fixture(scope='module')
-def few(tmp_path_factory): return load_dataset(shapes(tmp_path_factory.mktemp('data')/'photos')).few_shot(3)
+def few(tmp_path_factory):
+    return load_dataset(shapes(tmp_path_factory.mktemp('data')/'photos')).few_shot(3)
 
 
 @pytest.fixture(scope='module')
-def images(): return torch.randn(6, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def images():
+    return torch.randn(6,
+                       3,
+                       32,
+                       32,
+                       dtype=torch.float64,
+                       generator=torch.Generator().manual_seed(0))
 
 
 def error(a, b): return ((a-b).abs().max()/b.abs().max()).item()
 
 
-# ---- every method --------------------------------------------------------------------------------------------------
+# ---- every method --------------------------------------------------------------------------------
 
-EXTRA = {'coop-middle': dict(position='middle', n_ctx=4), 'coop-front': dict(position='front', n_ctx=3), 'coop-csc': dict(csc=True, n_ctx=2)}
+EXTRA = {
+    'coop-middle': dict(position='middle', n_ctx=4), 'coop-front': dict(position='front', n_ctx=3),
+    'coop-csc': dict(csc=True, n_ctx=2)
+}
 
 def learner_of(name, backbone, names=NAMES):
     "A learner whose parameters are not at their start"
-    learner = CoOp(backbone, names, **EXTRA[name]) if name in EXTRA else METHODS[name].cls(backbone, names, **(METHODS[name].hparams or {}))
+    learner = CoOp(backbone, names, **EXTRA[name]) if name in EXTRA else METHODS[name].cls(
+        backbone, names, **(METHODS[name].hparams or {}))
     g = torch.Generator().manual_seed(1)
     for p in learner.parameters(): p.data = torch.randn(p.shape, generator=g).to(backbone.dtype)
     return learner.eval()
@@ -66,11 +81,17 @@ def test_parameters_are_the_trainable_ones(name, clip32, few):
     learner = learner_of(name, clip32, few.classnames)
     params, frozen = dict(learner.named_parameters()), list(clip32.model.parameters())
     assert set(learner.state_dict()) == set(params)
-    assert not {id(p) for p in params.values()} & {id(p) for p in frozen} and not any(p.requires_grad for p in frozen)
-    before, was = {k: v.clone() for k, v in clip32.model.state_dict().items()}, {k: p.detach().clone() for k, p in params.items()}
+    assert not {id(p) for p in params.values()} & {id(p) for p in frozen}
+    assert not any(p.requires_grad for p in frozen)
+    before, was = {k: v.clone()
+                   for k, v in clip32.model.state_dict().items()
+                   }, {k: p.detach().clone()
+                       for k, p in params.items()}
     fit(learner, few, RECIPE, progress=False)
-    assert all(not torch.equal(p, was[k]) for k, p in params.items()), 'a parameter that training leaves alone'
-    assert all(torch.equal(v, before[k]) for k, v in clip32.model.state_dict().items()), 'training changed CLIP'
+    assert all(not torch.equal(p, was[k])
+               for k, p in params.items()), 'a parameter that training leaves alone'
+    assert all(torch.equal(v, before[k])
+               for k, v in clip32.model.state_dict().items()), 'training changed CLIP'
     assert all(p.grad is None for p in frozen) and not clip32.model.training
 
 
@@ -79,37 +100,54 @@ def test_save_and_load(name, clip32, images, tmp_path):
     learner, x = learner_of(name, clip32), images.float()
     learner.save(tmp_path/'sub'/'p.safetensors')
     again = load_prompts(tmp_path/'sub'/'p.safetensors', clip32).eval()
-    assert type(again) is type(learner) and again.hparams == learner.hparams and again.classnames == learner.classnames
+    assert type(again) is type(learner)
+    assert again.hparams == learner.hparams
+    assert again.classnames == learner.classnames
     with torch.no_grad(): assert torch.equal(again(x), learner(x))
     assert [p.name for p in (tmp_path/'sub').iterdir()] == ['p.safetensors']
-    with safe_open(tmp_path/'sub'/'p.safetensors', 'pt') as f: assert set(f.keys()) == set(learner.state_dict())
+    with safe_open(tmp_path/'sub'/'p.safetensors', 'pt') as f:
+        assert set(f.keys()) == set(learner.state_dict())
 
 
 @every
 def test_class_order_only_reorders_the_scores(name, clip, images):
     learner, order = learner_of(name, clip), [3, 0, 4, 2, 1]
     other = learner_of(name, clip, [NAMES[i] for i in order])
-    for k, p in other.named_parameters():                          # what belongs to a class moves with it
+    # what belongs to a class moves with it
+    for k, p in other.named_parameters():
         axis = {'coop-csc': 1, 'linear-probe': 0}.get(name)
-        if axis is not None: p.data = dict(learner.named_parameters())[k].data.index_select(axis, torch.tensor(order))
+        if axis is not None:
+            p.data = dict(learner.named_parameters())[k].data.index_select(
+                axis, torch.tensor(order))
     with torch.no_grad(): assert error(other(images), learner(images)[:, order]) < 1e-10
     if learner.transfers:
-        with torch.no_grad(): assert error(learner.for_classes([NAMES[i] for i in order])(images), learner(images)[:, order]) < 1e-10
+        with torch.no_grad():
+            assert error(
+                learner.for_classes([NAMES[i] for i in order])(images),
+                learner(images)[:, order]) < 1e-10
 
 
 @every
 def test_images_do_not_see_each_other(name, clip, images):
     learner = learner_of(name, clip)
-    with torch.no_grad(): assert error(torch.cat([learner(images[i:i+1]) for i in (3, 0, 5)]), learner(images)[[3, 0, 5]]) < 1e-10
+    with torch.no_grad():
+        assert error(torch.cat([learner(images[i:i + 1]) for i in (3, 0, 5)]),
+                     learner(images)[[3, 0, 5]]) < 1e-10
 
 
-@pytest.mark.parametrize('name', [n for n in [*METHODS, *EXTRA] if n not in ('linear-probe', 'coop-csc')])
+@pytest.mark.parametrize('name',
+                         [n for n in [*METHODS, *EXTRA] if n not in ('linear-probe', 'coop-csc')])
 def test_for_classes(name, clip, images):
-    "Other names, the same prompts: back again gives the old scores, a subset gives its columns, and nothing is shared"
+    """Other names, the same prompts: back again gives the old scores, a subset gives its columns,
+    and nothing is shared"""
     learner = learner_of(name, clip)
     few = learner.for_classes([NAMES[1], NAMES[3]]).eval()
     with torch.no_grad():
-        scores = [l.sample_logits(l.image_features(images)) if isinstance(l, Variational) else l(images) for l in (few, learner)]   # averaged probabilities depend on all names
+        # averaged probabilities depend on all names
+        scores = [
+            l.sample_logits(l.image_features(images)) if isinstance(l, Variational) else l(images)
+            for l in (few, learner)
+        ]
         assert error(scores[0], scores[1][..., [1, 3]]) < 1e-10
         assert torch.equal(few.for_classes(NAMES)(images), learner(images))
     for p, q in zip(few.parameters(), learner.parameters(), strict=True):
@@ -128,16 +166,20 @@ def test_protocol_rows(name, few, clip32):
     assert drop(a) == drop(b) and 0 <= a['base'] <= 100
     data = few.few_shot(2, 1)
     learner = m.train(clip32, data.base(), 1)
-    assert a['base'] == evaluate(learner, data.base()).accuracy and a['trainable'] == sum(p.numel() for p in learner.parameters())
-    if learner.transfers: assert a['new'] == evaluate(learner.for_classes(data.new().classnames), data.new()).accuracy
-    assert few_shot(m, clip32, few, 2, 1)['accuracy'] == evaluate(m.train(clip32, data, 1), data).accuracy
+    assert a['base'] == evaluate(learner, data.base()).accuracy
+    assert a['trainable'] == sum(p.numel() for p in learner.parameters())
+    if learner.transfers:
+        assert a['new'] == evaluate(learner.for_classes(data.new().classnames), data.new()).accuracy
+    assert few_shot(m, clip32, few, 2, 1)['accuracy'] == evaluate(m.train(clip32, data, 1),
+                                                                  data).accuracy
 
 
-# ---- schedule, seeds, evaluation -----------------------------------------------------------------------------------
+# ---- schedule, seeds, evaluation -----------------------------------------------------------------
 
 @pytest.mark.parametrize('epochs,warmup', [(50, 1), (5, 1), (1, 1), (10, 0), (10, 3)])
 def test_schedule(epochs, warmup, few, clip32):
-    "Constant warm-up, then torch's own cosine over `epochs`, as Dassl chains them; and `fit` uses it"
+    """Constant warm-up, then torch's own cosine over `epochs`, as Dassl chains them; and `fit`
+    uses it"""
     recipe = Recipe(lr=.002, epochs=epochs, warmup_epochs=warmup, warmup_lr=1e-5, batch_size=100)
     opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], .002)
     cosine, expect = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs), [1e-5]*warmup
@@ -145,7 +187,9 @@ def test_schedule(epochs, warmup, few, clip32):
     assert [lr_at(recipe, e) for e in range(1, epochs+1)] == pytest.approx(expect, rel=1e-9)
     seen = []
     class Watched(CoOp):
-        def training_step(self, batch, optimizer): seen.append(optimizer.param_groups[0]['lr']); return 0.
+        def training_step(self, batch, optimizer):
+            seen.append(optimizer.param_groups[0]['lr'])
+            return 0.
     fit(Watched(clip32, few.classnames, n_ctx=1), few, recipe, progress=False)
     assert seen == pytest.approx(expect, rel=1e-9)
 
@@ -161,26 +205,41 @@ def test_seeds(few, clip32):
     torch.manual_seed(123)
     state = torch.get_rng_state()
     b, again = train(clip32, few)
-    assert torch.equal(tokens, again) and a.losses == b.losses and torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(tokens, train(clip32, few, seed=1)[1]) and not torch.equal(tokens, train(clip32, few, start=1)[1])
+    assert torch.equal(tokens, again)
+    assert a.losses == b.losses
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(tokens, train(clip32, few, seed=1)[1])
+    assert not torch.equal(tokens, train(clip32, few, start=1)[1])
 
 
 def test_epochs_see_different_orders_and_crops(few, clip32):
-    batches = [torch.cat([x for x, _ in training._epoch_batches(few.pictures('train', training.train_transform(clip32)), 4, 0, e)]) for e in (1, 1, 2)]
+    batches = [
+        torch.cat([
+            x for x, _ in training._epoch_batches(
+                few.pictures('train', training.train_transform(clip32)), 4, 0, e)
+        ]) for e in (1, 1, 2)
+    ]
     assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
 
 
-@pytest.mark.parametrize('n,batch,sizes', [(12, 5, [5, 5]), (12, 12, [12]), (12, 32, [12]), (12, 4, [4, 4, 4])])
+@pytest.mark.parametrize('n,batch,sizes', [(12, 5, [5, 5]), (12, 12, [12]), (12, 32, [12]),
+                                           (12, 4, [4, 4, 4])])
 def test_batches(few, clip32, n, batch, sizes):
     "An incomplete last batch is dropped, except when it is the only one"
     assert len(few.train) == n
-    assert [len(y) for _, y in training._epoch_batches(few.pictures('train', training.train_transform(clip32)), batch, 0, 1)] == sizes
+    assert [
+        len(y) for _, y in training._epoch_batches(
+            few.pictures('train', training.train_transform(clip32)), batch, 0, 1)
+    ] == sizes
 
 
 def test_training_learns(few, clip32):
-    "On the pictures themselves, without crops: a margin, because an untrained CLIP has little to tell"
+    """On the pictures themselves, without crops: a margin, because an untrained CLIP has little to
+    tell"""
     images, labels = zip(*few.pictures('train', test_transform(clip32)))
-    score = lambda epochs: (l := CoOp(clip32, few.classnames, n_ctx=2), fit(l, few, Recipe(lr=.02, epochs=epochs, batch_size=4), progress=False), l.loss(torch.stack(images), torch.tensor(labels)).item())[1:]
+    score = lambda epochs: (l := CoOp(clip32, few.classnames, n_ctx=2),
+                            fit(l, few, Recipe(lr=.02, epochs=epochs, batch_size=4), progress=False
+                                ), l.loss(torch.stack(images), torch.tensor(labels)).item())[1:]
     (_, before), (report, after) = score(1), score(15)      # one epoch is warm-up at 1e-5
     assert len(report.losses) == report.epochs == 15 and report.seconds > 0 and after < before - .01
 
@@ -193,7 +252,8 @@ def test_evaluate_by_hand(few, clip32):
     e = evaluate(learner, few, batch_size=3)
     assert torch.equal(e.labels, labels) and error(e.logits, logits) < 1e-4
     hit = (logits.argmax(-1) == labels).double()
-    assert e.accuracy == pytest.approx(100*hit.mean().item()) and e.per_class().tolist() == [100*hit[labels == c].mean() for c in range(4)]
+    assert e.accuracy == pytest.approx(100*hit.mean().item())
+    assert e.per_class().tolist() == [100*hit[labels == c].mean() for c in range(4)]
     kept = evaluate(learner, few, features=encode(learner, pictures))
     assert error(kept.logits, logits) < 1e-4
     without = replace(few, test=[i for i in few.test if i.label])
@@ -212,7 +272,7 @@ def test_randomness_is_left_alone_while_a_batch_is_used(few, clip32):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ---- interruptions -------------------------------------------------------------------------------------------------
+# ---- interruptions -------------------------------------------------------------------------------
 
 KILLED = '''
 import os, signal, sys
@@ -249,32 +309,56 @@ else:                                           # half of the third checkpoint i
         if len(saved) == 3: path.write_bytes(path.read_bytes()[:-50]); die()
     training.save_file = save_file
 data = load_dataset(folder).few_shot(3)
-training.fit(CoOp(tiny_clip(), data.classnames, n_ctx=2), data, Recipe(lr=.05, epochs=6, batch_size=4), checkpoint=checkpoint, progress=False, tracker=tracker or None)
+recipe = Recipe(lr=.05, epochs=6, batch_size=4)
+training.fit(CoOp(tiny_clip(), data.classnames, n_ctx=2), data, recipe, checkpoint=checkpoint,
+             progress=False, tracker=tracker or None)
 '''
 LONG = replace(RECIPE, epochs=6)
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
 @pytest.mark.parametrize('when', ['in a step', 'while writing', 'after the rename'])
 def test_resume_after_kill_9(when, few, clip32, tmp_path):
-    "Prompts, losses and momentum go on as if nothing had happened: bit for bit the prompts of a run in one piece"
-    checkpoint, folder, tracker = tmp_path/'run'/'c', Path(few.source.root), str(tmp_path/'events') if TENSORBOARD else ''
-    r = subprocess.run([sys.executable, '-c', KILLED, Path(__file__).parent, folder, checkpoint, when, str(torch.get_num_threads()), tracker], capture_output=True, text=True)
+    """Prompts, losses and momentum go on as if nothing had happened: bit for bit the prompts of a
+    run in one piece"""
+    checkpoint, folder, tracker = tmp_path/'run'/'c', Path(
+        few.source.root), str(tmp_path/'events') if TENSORBOARD else ''
+    r = subprocess.run([
+        sys.executable, '-c', KILLED,
+        Path(__file__).parent, folder, checkpoint, when,
+        str(torch.get_num_threads()), tracker
+    ],
+                       capture_output=True,
+                       text=True)
     assert r.returncode == -signal.SIGKILL, r.stderr
     done = 3 if when == 'after the rename' else 2
     assert bool(list(checkpoint.parent.glob('.*.tmp'))) == (when == 'while writing')
-    with safe_open(checkpoint, 'pt') as f: assert f.metadata()['losses'].count(',') == done-1 and {k.split('.')[0] for k in f.keys()} == {'param', 'momentum'}
+    with safe_open(checkpoint, 'pt') as f:
+        assert f.metadata()['losses'].count(',') == done - 1 and {
+            k.split('.')[0]
+            for k in f.keys()
+        } == {'param', 'momentum'}
     whole, tokens = train(clip32, few, recipe=LONG)
     epochs = []
     batches = training._epoch_batches
     with pytest.MonkeyPatch.context() as m:
         m.setattr(training, '_epoch_batches', lambda *a: (epochs.append(a[-1]), batches(*a))[1])
-        resumed, again = train(clip32, few, recipe=LONG, checkpoint=checkpoint, tracker=tracker or None)
-    assert epochs == [3, 4, 5, 6][done-2:] and torch.equal(tokens, again) and resumed.losses == whole.losses
-    assert [p.name for p in checkpoint.parent.iterdir()] == ['c']               # the killed writer's half file is gone
-    if tracker:                                                                 # epoch 3 was tracked before its checkpoint was lost, and is there once
+        resumed, again = train(clip32,
+                               few,
+                               recipe=LONG,
+                               checkpoint=checkpoint,
+                               tracker=tracker or None)
+    assert epochs == [3, 4, 5, 6][done-2:]
+    assert torch.equal(tokens, again)
+    assert resumed.losses == whole.losses
+    # the killed writer's half file is gone
+    assert [p.name for p in checkpoint.parent.iterdir()] == ['c']
+    # epoch 3 was tracked before its checkpoint was lost, and is there once
+    if tracker:
         points = events(tracker)['loss']
-        assert [s for s, _ in points] == [1, 2, 3, 4, 5, 6] and [v for _, v in points] == pytest.approx(whole.losses, rel=1e-6)
-    third, same = train(clip32, few, recipe=LONG, checkpoint=checkpoint)        # finished: nothing left to do
+        assert [s for s, _ in points] == [1, 2, 3, 4, 5, 6]
+        assert [v for _, v in points] == pytest.approx(whole.losses, rel=1e-6)
+    # finished: nothing left to do
+    third, same = train(clip32, few, recipe=LONG, checkpoint=checkpoint)
     assert torch.equal(tokens, same) and third.losses == whole.losses
 
 
@@ -289,15 +373,18 @@ from clipprompt.report import METHODS
 from helpers import tiny_clip
 
 folder, where, *names = sys.argv[2:]
-torch.set_num_threads(1)                                    # forked processes cannot share a pool of threads
+torch.set_num_threads(1)  # forked processes cannot share a pool of threads
 random.seed(int(time.time()))
 data, clip = load_dataset(folder).few_shot(3), tiny_clip()
 
 def run(name, checkpoint, tracker):
-    views, select = (2, 'best_on_test') if name == 'coop' else (2, 'last') if name == 'variational-coop' else (None, 'last')
+    views = 2 if name in ('coop', 'variational-coop') else None
+    select = 'best_on_test' if name == 'coop' else 'last'
     learner = METHODS[name].cls(clip, data.classnames, seed=1)
-    fit = training.fit(learner, data, Recipe(lr=.05, epochs=8, batch_size=4, views=views, select=select), 1, checkpoint, progress=False, tracker=tracker)
-    return {n: p.detach().double().flatten().tolist() for n, p in learner.named_parameters()}, fit.losses, fit.tested
+    recipe = Recipe(lr=.05, epochs=8, batch_size=4, views=views, select=select)
+    fit = training.fit(learner, data, recipe, 1, checkpoint, progress=False, tracker=tracker)
+    state = {n: p.detach().double().flatten().tolist() for n, p in learner.named_parameters()}
+    return state, fit.losses, fit.tested
 
 for name in names:
     os.makedirs(place := f'{where}/{name}')
@@ -309,22 +396,33 @@ for name in names:
             result = run(name, place, f'{where}/events' if tracked else None)
             with open(f'{where}/{name}.json', 'w') as f: json.dump(result, f)
             os._exit(0)
-        if kills < 6: time.sleep(seconds*random.uniform(.05, .4) + (random.random() if tracked and kills else 0));      # a tracked run may first wait for the next second
+        if kills < 6:
+            # a tracked run may first wait for the next second
+            more = random.random() if tracked and kills else 0
+            time.sleep(seconds*random.uniform(.05, .4) + more)
         if kills < 6: os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status): break
         kills += 1
     assert os.WEXITSTATUS(status) == 0, name
     with open(f'{where}/{name}.json') as f: resumed = json.load(f)
-    print(json.dumps(dict(name=name, kills=kills, same=resumed == json.loads(json.dumps(whole)), left=sorted(os.listdir(place)))), flush=True)
+    same = resumed == json.loads(json.dumps(whole))
+    print(json.dumps(dict(name=name, kills=kills, same=same, left=sorted(os.listdir(place)))),
+          flush=True)
 '''
-KILLABLE = ['coop', 'vpt', 'metaprompt', 'variational-coop']   # fixed views and a chosen epoch; fresh augmentation; episodes; noise
+# fixed views and a chosen epoch; fresh augmentation; episodes; noise
+KILLABLE = ['coop', 'vpt', 'metaprompt', 'variational-coop']
 
 @pytest.fixture(scope='module')
 def killed(few, tmp_path_factory):
     "Runs of eight epochs, killed six times each at random moments, and told to go on"
     where = tmp_path_factory.mktemp('killed')
-    r = subprocess.run([sys.executable, '-c', MOMENTS, Path(__file__).parent, few.source.root, where, *KILLABLE], capture_output=True, text=True, env=os.environ | dict(TRACK='1' if TENSORBOARD else ''))
+    r = subprocess.run(
+        [sys.executable, '-c', MOMENTS,
+         Path(__file__).parent, few.source.root, where, *KILLABLE],
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(TRACK='1' if TENSORBOARD else ''))
     assert r.returncode == 0, r.stderr
     return where, {row['name']: row for row in map(json.loads, r.stdout.splitlines())}
 
@@ -332,7 +430,8 @@ def killed(few, tmp_path_factory):
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
 @pytest.mark.parametrize('name', KILLABLE)
 def test_kill_9_at_any_moment(name, killed):
-    "Parameters, losses and test accuracies are those of a run in one piece, and nothing but the checkpoint is left"
+    """Parameters, losses and test accuracies are those of a run in one piece, and nothing but the
+    checkpoint is left"""
     row = killed[1][name]
     assert row['kills'] and row['same'] and row['left'] == ['checkpoint.safetensors'], row
 
@@ -342,7 +441,8 @@ def test_tracked_once_after_kill_9(killed):
     "TensorBoard shows each epoch of the killed runs once, with the loss of the run in one piece"
     points = events(killed[0]/'events')
     _, losses, tested = json.loads((killed[0]/'coop.json').read_text())
-    assert [s for s, _ in points['loss']] == list(range(1, 9)) and [v for _, v in points['loss']] == pytest.approx(losses, rel=1e-6)
+    assert [s for s, _ in points['loss']] == list(range(1, 9))
+    assert [v for _, v in points['loss']] == pytest.approx(losses, rel=1e-6)
     assert [s for s, _ in points['learning_rate']] == list(range(1, 9))
     assert [v for _, v in points['test_accuracy']] == pytest.approx(tested)
 
@@ -369,33 +469,44 @@ def test_interrupt_in_python_keeps_the_checkpoint(few, clip32, tmp_path, monkeyp
 @pytest.mark.parametrize('how', ['existing', 'slash', 'new/slash', 'file'])
 def test_checkpoint_in_a_folder(few, clip32, tmp_path, how):
     (tmp_path/'existing').mkdir()
-    given, file = dict(existing=(tmp_path/'existing', 'existing/checkpoint.safetensors'), slash=(f'{tmp_path}/runs/', 'runs/checkpoint.safetensors'), file=(tmp_path/'runs'/'a', 'runs/a')).get(how, (f'{tmp_path}/a/b/', 'a/b/checkpoint.safetensors'))
+    given, file = dict(existing=(tmp_path/'existing', 'existing/checkpoint.safetensors'),
+                       slash=(f'{tmp_path}/runs/', 'runs/checkpoint.safetensors'),
+                       file=(tmp_path/'runs'/'a',
+                             'runs/a')).get(how, (f'{tmp_path}/a/b/', 'a/b/checkpoint.safetensors'))
     train(clip32, few, checkpoint=given)
-    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob('*') if p.is_file()] == [file]
+    assert [p.relative_to(tmp_path).as_posix()
+            for p in tmp_path.rglob('*')
+            if p.is_file()] == [file]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(training, '_train', never)                                  # finished: nothing is trained again
+        # finished: nothing is trained again
+        m.setattr(training, '_train', never)
         train(clip32, few, checkpoint=given)
 
 def never(*args, **kwargs): raise AssertionError('trained')
 
 
 def test_stale_temporary_files(few, clip32, tmp_path):
-    "A killed writer's leavings go, other people's files stay, also those whose names look much the same"
-    ours, theirs = ['.c.12-34.tmp', '..c.check.12-34.tmp'], ['.cc.12-34.tmp', '.c.tmp', 'c.12-34.tmp', '.cx12-34.tmp', '.c.1-2.tmp.keep', '.c.a-b.tmp']
+    """A killed writer's leavings go, other people's files stay, also those whose names look much
+    the same"""
+    ours, theirs = ['.c.12-34.tmp', '..c.check.12-34.tmp'], [
+        '.cc.12-34.tmp', '.c.tmp', 'c.12-34.tmp', '.cx12-34.tmp', '.c.1-2.tmp.keep', '.c.a-b.tmp'
+    ]
     for name in ours+theirs: (tmp_path/name).write_text('half')
     _, tokens = train(clip32, few, checkpoint=tmp_path/'c')
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['c', *theirs]) and torch.equal(tokens, train(clip32, few)[1])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['c', *theirs])
+    assert torch.equal(tokens, train(clip32, few)[1])
 
 
 def test_bytes_reach_the_disk_before_the_name(tmp_path, monkeypatch):
     calls, fsync, rename = [], os.fsync, os.replace
-    monkeypatch.setattr(os, 'fsync', lambda fd: (calls.append(('sync', os.fstat(fd).st_size)), fsync(fd))[1])
+    monkeypatch.setattr(os, 'fsync', lambda fd: (calls.append(
+        ('sync', os.fstat(fd).st_size)), fsync(fd))[1])
     monkeypatch.setattr(os, 'replace', lambda a, b: (calls.append('rename'), rename(a, b))[1])
     write_safely(tmp_path/'p', lambda tmp: tmp.write_text('whole'))
     assert calls == [('sync', 5), 'rename'] and (tmp_path/'p').read_text() == 'whole'
 
 
-# ---- trackers ------------------------------------------------------------------------------------------------------
+# ---- trackers ------------------------------------------------------------------------------------
 
 def events(folder):
     "tag -> [(step, value)], as TensorBoard reads them"
@@ -414,17 +525,24 @@ def test_tracker_of_ones_own(few, clip32):
     "Every epoch once, and the prompts are the same as without"
     seen = Points()
     report, tokens = train(clip32, few, tracker=seen, recipe=replace(RECIPE, select='best_on_test'))
-    assert seen == [p for i in range(3) for p in (('loss', i+1, report.losses[i]), ('learning_rate', i+1, lr_at(RECIPE, i+1)), ('test_accuracy', i+1, report.tested[i]))]
+    assert seen == [
+        p for i in range(3)
+        for p in (('loss', i + 1, report.losses[i]), ('learning_rate', i + 1, lr_at(RECIPE, i + 1)),
+                  ('test_accuracy', i + 1, report.tested[i]))
+    ]
     seen.clear()
     report, tokens = train(clip32, few, tracker=seen)
-    assert {t for t, *_ in seen} == {'loss', 'learning_rate'} and torch.equal(tokens, train(clip32, few)[1])
+    assert {t for t, *_ in seen} == {'loss', 'learning_rate'}
+    assert torch.equal(tokens, train(clip32, few)[1])
 
 
 def test_tracker_goes_on_counting(few, clip32, tmp_path, monkeypatch):
     first, second = Points(), Points()
-    with interrupted(monkeypatch, 8): train(clip32, few, recipe=LONG, checkpoint=tmp_path, tracker=first)
+    with interrupted(monkeypatch, 8):
+        train(clip32, few, recipe=LONG, checkpoint=tmp_path, tracker=first)
     report, _ = train(clip32, few, recipe=LONG, checkpoint=tmp_path, tracker=second)
-    assert [s for t, s, _ in first if t == 'loss'] == [1, 2] and [s for t, s, _ in second if t == 'loss'] == [3, 4, 5, 6]
+    assert [s for t, s, _ in first if t == 'loss'] == [1, 2]
+    assert [s for t, s, _ in second if t == 'loss'] == [3, 4, 5, 6]
     assert [v for t, _, v in first+second if t == 'loss'] == report.losses
     train(clip32, few, recipe=LONG, checkpoint=tmp_path, tracker=(third := Points()))
     assert third == []
@@ -435,9 +553,13 @@ def test_a_new_run_replaces_the_curve(few, clip32, tmp_path):
     train(clip32, few, recipe=LONG, tracker=tmp_path/'t')
     report, _ = train(clip32, few, seed=1, tracker=str(tmp_path/'t'))
     points = events(tmp_path/'t')
-    assert [s for s, _ in points['loss']] == [1, 2, 3] and [v for _, v in points['loss']] == pytest.approx(report.losses, rel=1e-6)
-    assert [v for _, v in points['learning_rate']] == pytest.approx([lr_at(RECIPE, e) for e in (1, 2, 3)], rel=1e-6)
+    assert [s for s, _ in points['loss']] == [1, 2, 3]
+    assert [v for _, v in points['loss']] == pytest.approx(report.losses, rel=1e-6)
+    assert [v for _, v in points['learning_rate']
+            ] == pytest.approx([lr_at(RECIPE, e) for e in (1, 2, 3)], rel=1e-6)
 
 
 def test_tiny_is_what_the_tests_think(clip):
-    assert (clip.text_layers, clip.vision_layers, clip.context_length) == (3, 3, 77) and clip.text_width != clip.vision_width and TINY['embed_dim'] == clip.embed_dim
+    assert (clip.text_layers, clip.vision_layers, clip.context_length) == (3, 3, 77)
+    assert clip.text_width != clip.vision_width
+    assert TINY['embed_dim'] == clip.embed_dim

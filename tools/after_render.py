@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What Quarto leaves to do in a book's folder: the page for addresses that lead nowhere stands at the top."""
+"""What Quarto leaves to do in a book's folder: the page for addresses that lead nowhere stands at
+the top."""
 import os
 import shutil
 from pathlib import Path
@@ -7,4 +8,5 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 if __name__ == '__main__':
-    shutil.copy(ROOT/'site'/'404.html', Path(os.environ.get('QUARTO_PROJECT_OUTPUT_DIR', ROOT/'_docs'))/'404.html')
+    shutil.copy(ROOT/'site'/'404.html',
+                Path(os.environ.get('QUARTO_PROJECT_OUTPUT_DIR', ROOT/'_docs'))/'404.html')

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Check the book without Quarto: `python tools/docs_check.py` prints every fault and exits 1 if there are any.
+"""Check the book without Quarto: `python tools/docs_check.py` prints every fault and exits 1 if
+there are any.
 
-Each notebook goes through tools/nbfilter.py, as in a render, and then through Pandoc, whose every warning counts
-(open divs, unknown citations, bad TeX). Then cross references, links, the form of chapters and their list are compared
-with what exists. `tools/pages.py` makes pages of the same Markdown; themes are seen only with Quarto itself.
+Each notebook goes through tools/nbfilter.py, as in a render, and then through Pandoc, whose
+every warning counts (open divs, unknown citations, bad TeX). Then cross references, links, the
+form of chapters and their list are compared with what exists. `tools/pages.py` makes pages of
+the same Markdown; themes are seen only with Quarto itself.
 """
 import json
 import re
@@ -23,7 +25,8 @@ LABEL = r'(?:fig|tbl|sec|eq|lst)-[\w-]+'
 DRAWN = {'image/svg+xml': 'svg', 'image/png': 'png'}
 WIDE = 100   # characters of a line of code that fit beside its prose
 
-# What pages showed once and must not show again: documentation without an object, addresses in memory, links in code
+# What pages showed once and must not show again: documentation without an object, addresses in
+# memory, links in code
 ARTEFACTS = ('LNone', ' at 0x', 'Call self as a function', 'OptionInfo', 'str(object=', '<factory>')
 
 
@@ -59,17 +62,21 @@ def outputs(cell, opts, save):
         kind = next((k for k in DRAWN if k in data), None)
         if 'text/markdown' in data:
             table = text(data['text/markdown'])
-            yield f'::: {{#{label}}}\n{table}\n\n: {caption}\n:::' if label.startswith('tbl-') else table
+            yield f'::: {{#{label}}}\n{table}\n\n: {caption}\n:::' if label.startswith(
+                'tbl-') else table
         elif kind:
             file = save(f'{cell["id"]}-{i}.{DRAWN[kind]}', data[kind])
             safe = alt.replace('"', "'")
-            yield f'![{caption}]({file}){{#{label} alt="{safe}"}}' if label else f'![{caption}]({file})'
+            attributes = f'{{#{label} alt="{safe}"}}' if label else ''
+            yield f'![{caption}]({file}){attributes}'
         elif o.get('output_type') != 'error':
-            yield '::: {.cell-output}\n' + fence(text(o.get('text') or data.get('text/plain'))) + '\n:::'
+            yield '::: {.cell-output}\n' + fence(text(o.get('text')
+                                                      or data.get('text/plain'))) + '\n:::'
 
 
 def nb2md(nb, save=None):
-    "Markdown of a filtered notebook; `save(name, data)` stores a picture and returns its address. Without it no pictures or labels"
+    """Markdown of a filtered notebook; `save(name, data)` stores a picture and returns its
+    address. Without it no pictures or labels"""
     out = []
     for c in nb['cells']:
         src = text(c.get('source'))
@@ -83,7 +90,8 @@ def nb2md(nb, save=None):
             block = fence(code, 'python')
             fold = opts.get('code-fold')
             summary = opts.get('code-summary', 'Code')
-            out.append(f'<details><summary>{summary}</summary>\n\n{block}\n\n</details>' if fold is True else block)
+            out.append(f'<details><summary>{summary}</summary>\n\n{block}\n\n</details>' if fold is
+                       True else block)
         if opts.get('output') is False: continue
         if save: out += outputs(c, opts, save)
         else: out += [m for m in outputs(c, {}, lambda name, data: '') if not m.startswith('![')]
@@ -91,12 +99,15 @@ def nb2md(nb, save=None):
 
 
 def pandoc(md, bib, *args, at={}):
-    "HTML that Pandoc makes of `md`, and its warnings; `at` says on which page a label is that is not on this one"
+    """HTML that Pandoc makes of `md`, and its warnings; `at` says on which page a label is that is
+    not on this one"""
     # Quarto's labels of equations and its cross references are not Pandoc's
     md = re.sub(r'(\$\$(?:(?!\$\$).)+\$\$)\s*\{#(eq-[\w-]+)\}', r'[\1]{#\2}', md, flags=re.S)
     md = re.sub(rf'(?<![\w`])@({LABEL})', lambda m: f'[{m[1]}]({at.get(m[1], "")}#{m[1]})', md)
-    command = [pypandoc.get_pandoc_path(), '-f', 'markdown', '-t', 'html', '-s', '--mathml', '--citeproc',
-               '--bibliography', bib, *args]
+    command = [
+        pypandoc.get_pandoc_path(), '-f', 'markdown', '-t', 'html', '-s', '--mathml', '--citeproc',
+        '--bibliography', bib, *args
+    ]
     if not md.startswith('---\n'): command += ['--metadata', 'title=clipprompt']
     r = subprocess.run(command, input=md, capture_output=True, text=True, encoding='utf-8')
     return r.stdout, [l for l in r.stderr.splitlines() if l.strip()]
@@ -105,7 +116,8 @@ def pandoc(md, bib, *args, at={}):
 def page(path, bib):
     "(markdown, ids, faults) of one notebook"
     try: md = nb2md(filtered(path), save=lambda name, data: 'x.png')
-    except (ValueError, SyntaxError) as e: return '', set(), [f'{path.name}: the filter failed: {e}']
+    except (ValueError, SyntaxError) as e:
+        return '', set(), [f'{path.name}: the filter failed: {e}']
     html, warns = pandoc(md, bib)
     ids = re.findall(r'\sid="([^"]+)"', html)
     twice = [f'{path.name}: two places have the name {i}' for i, n in Counter(ids).items() if n > 1]
@@ -130,7 +142,9 @@ def dead_links(path, md, ids):
 
 def wide_lines(code):
     "Lines of `code` that no page shows whole; addresses can't be shorter, captions stand elsewhere"
-    return [l for l in code.splitlines() if len(l) > WIDE and 'http' not in l and not l.startswith('#|')]
+    return [
+        l for l in code.splitlines() if len(l) > WIDE and 'http' not in l and not l.startswith('#|')
+    ]
 
 
 def form(path):
@@ -138,26 +152,36 @@ def form(path):
     nb = json.loads(path.read_text(encoding='utf-8'))
     for c in nb['cells']:
         src, where = text(c['source']), f'{path.name}: cell {c.get("id")}'
-        if re.search(r'(?<!\w)[Cc]hapters? \d', src): yield f'{where} names a chapter by its number; use its name, and in prose a link'
+        if re.search(r'(?<!\w)[Cc]hapters? \d', src):
+            yield f'{where} names a chapter by its number; use its name, and in prose a link'
         if c['cell_type'] != 'code': continue
-        for l in wide_lines(src): yield f'{where} has a line of {len(l)} characters: {l.strip()[:50]}...'
+        for l in wide_lines(src):
+            yield f'{where} has a line of {len(l)} characters: {l.strip()[:50]}...'
         opts, _ = options(src)
         given = c.get('outputs') or []
         label = str(opts.get('label', ''))
-        if label and len(given) > 1: yield f'{where}: {label} has {len(given)} outputs; give the others a cell of their own'
-        if label.startswith('fig-') and 'fig-cap' not in opts: yield f'{where}: {label} has no caption'
-        if label.startswith('tbl-') and 'tbl-cap' not in opts: yield f'{where}: {label} has no caption'
+        if label and len(given) > 1:
+            yield f'{where}: {label} has {len(given)} outputs; give the others a cell of their own'
+        if label.startswith('fig-') and 'fig-cap' not in opts:
+            yield f'{where}: {label} has no caption'
+        if label.startswith('tbl-') and 'tbl-cap' not in opts:
+            yield f'{where}: {label} has no caption'
         for o in given:
             data = o.get('data') or {}
             shown = text(o.get('text') or data.get('text/plain'))
-            if 'text/html' in data: yield f'{where} shows a table that needs scripts; use clipprompt.figures.Table'
+            if 'text/html' in data:
+                yield f'{where} shows a table that needs scripts; use clipprompt.figures.Table'
             if 'image/png' in data and 'width' not in o.get('metadata', {}).get('image/png', {}):
-                yield f'{where} has a picture that is not sharp on a fine screen; call clipprompt.figures.style() first'
-            if data.keys() & DRAWN.keys() and not label: yield f'{where} shows a figure without a label'
+                yield (f'{where} has a picture that is not sharp on a fine screen; '
+                       'call clipprompt.figures.style() first')
+            if data.keys() & DRAWN.keys() and not label:
+                yield f'{where} shows a figure without a label'
             if 'text/markdown' not in data:
-                for l in wide_lines(shown): yield f'{where} prints a line of {len(l)} characters: {l[:50]}...'
+                for l in wide_lines(shown):
+                    yield f'{where} prints a line of {len(l)} characters: {l[:50]}...'
     first = text(nb['cells'][0]['source'])
-    if re.match(r'# [\d.]+ ', first): yield f'{path.name}: the title has a number; Quarto gives it one'
+    if re.match(r'# [\d.]+ ', first):
+        yield f'{path.name}: the title has a number; Quarto gives it one'
 
 
 def artefacts(path, md):
@@ -165,7 +189,8 @@ def artefacts(path, md):
     for a in ARTEFACTS:
         if a in md: yield f'{path.name}: the page shows "{a}"'
     for block in re.findall(r'^(`{3,}).*?\n(.*?)^\1`*$', md, flags=re.M | re.S):
-        if re.search(r'\]\(\d\d_', block[1]): yield f'{path.name}: a link stands in code: {block[1][:60]}'
+        if re.search(r'\]\(\d\d_', block[1]):
+            yield f'{path.name}: a link stands in code: {block[1][:60]}'
 
 
 def main(root=ROOT):
@@ -176,9 +201,13 @@ def main(root=ROOT):
     listed = set(re.findall(r'[\w./-]+\.(?:ipynb|qmd)', config))
     errs = [f'_quarto.yml: {p} does not exist' for p in sorted(listed) if not (root/p).exists()]
     # nbs/index.ipynb is the source of the README and of the book's home page, not a chapter
-    errs += [f'_quarto.yml: nbs/{p.name} is no chapter' for p in nbs if p.name != 'index.ipynb' and f'nbs/{p.name}' not in listed]
+    errs += [
+        f'_quarto.yml: nbs/{p.name} is no chapter' for p in nbs
+        if p.name != 'index.ipynb' and f'nbs/{p.name}' not in listed
+    ]
 
-    with ThreadPoolExecutor(2) as ex: res = dict(zip(nbs, ex.map(lambda p: page(p, root/'references.bib'), nbs)))
+    with ThreadPoolExecutor(2) as ex:
+        res = dict(zip(nbs, ex.map(lambda p: page(p, root/'references.bib'), nbs)))
     for p, (md, _, faults) in res.items(): errs += [*faults, *form(p), *artefacts(p, md)]
     labels = Counter(l for md, _, _ in res.values() for l in re.findall(rf'\{{#({LABEL})', md))
     errs += [f'label {l} stands in {n} places' for l, n in labels.items() if n > 1]
@@ -187,7 +216,11 @@ def main(root=ROOT):
     others = [root/'README.md', root/'index.qmd', *sorted((root/'site').glob('*.qmd'))]
     pages.update({p: p.read_text(encoding='utf-8') for p in others if p.exists()})
     for p, md in pages.items():
-        errs += [f'{p.name}: @{r} is not defined' for r in sorted(set(re.findall(rf'@({LABEL})', prose(md)))) if r not in labels]
+        errs += [
+            f'{p.name}: @{r} is not defined'
+            for r in sorted(set(re.findall(rf'@({LABEL})', prose(md))))
+            if r not in labels
+        ]
         errs += dead_links(p, md, ids)
 
     print('\n'.join(errs + [f'{len(nbs)} notebooks, {len(errs)} faults']))

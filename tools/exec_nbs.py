@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Run notebooks and keep their outputs: `python tools/exec_nbs.py [nbs/11_coop.ipynb ...] [--flags "slow gpu"]`.
+"""Run notebooks and keep their outputs: `python tools/exec_nbs.py [nbs/11_coop.ipynb ...] [--flags
+"slow gpu"]`.
 
-Cells that nbdev_test would skip (flags in settings.ini's `tst_flags`, `#| eval: false`) are not run and keep the
-outputs they have, so results from another machine stay. A notebook is written, cleaned, only if all of it ran, and
-by renaming a finished file, so an interrupted run never leaves half a notebook. Exits 1 and names the cells that failed.
+Cells that nbdev_test would skip (flags in settings.ini's `tst_flags`, `#| eval: false`) are not
+run and keep the outputs they have, so results from another machine stay. A notebook is written,
+cleaned, only if all of it ran, and by renaming a finished file, so an interrupted run never
+leaves half a notebook. Exits 1 and names the cells that failed.
 """
 import argparse
 import os
@@ -31,7 +33,9 @@ class Client(NotebookClient):
     async def async_execute_cell(self, cell, cell_index, **kwargs):
         if cell.cell_type == 'code':
             d = extract_directives(mk_cell(cell.source, 'code'), remove=False)
-            if self.skip & d.keys() or d.get('eval:', [''])[0].lower() == 'false' or 'nbdev_export(' in cell.source: return cell
+            if self.skip & d.keys() or d.get(
+                    'eval:', [''])[0].lower() == 'false' or 'nbdev_export(' in cell.source:
+                return cell
             self.at = cell_index, cell
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
@@ -40,7 +44,10 @@ def run(path, skip, timeout):
     "Execute the notebook at `path` and write it back; (seconds, what failed or None)"
     start = time.time()
     nb = nbformat.read(path, 4)
-    if any(re.search(r'^\s*-?\s*skip_exec:\s*true', c.source, re.M | re.I) for c in nb.cells[:2] if c.cell_type != 'code'):
+    if any(
+            re.search(r'^\s*-?\s*skip_exec:\s*true', c.source, re.M | re.I)
+            for c in nb.cells[:2]
+            if c.cell_type != 'code'):
         return 0., None
     client = Client(nb, timeout=timeout, kernel_name='python3', record_timing=False,
                     resources={'metadata': {'path': str(path.parent)}})
@@ -60,7 +67,8 @@ def run(path, skip, timeout):
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('nbs', nargs='*', type=Path, help='notebooks (default: all in nbs/)')
     ap.add_argument('--flags', default='', help='flags whose cells run too, such as "slow gpu"')
     ap.add_argument('--timeout', type=int, default=3600, help='seconds for one cell')

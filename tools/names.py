@@ -20,7 +20,8 @@ class Name(NamedTuple):
     @property
     def source(self):
         "Address of the line that defines it"
-        return f'{repository()}/blob/{get_config(path=ROOT).branch}/clipprompt/{self.module}.py#L{self.line}'
+        branch = get_config(path=ROOT).branch
+        return f'{repository()}/blob/{branch}/clipprompt/{self.module}.py#L{self.line}'
 
 
 def repository():
@@ -37,7 +38,10 @@ def default_exp(txt):
 @lru_cache
 def modules(root=ROOT):
     "Module and notebook, in the order of the book"
-    by_notebook = {p.name: default_exp(p.read_text(encoding='utf-8')) for p in sorted((root/'nbs').glob('[!_]*.ipynb'))}
+    by_notebook = {
+        p.name: default_exp(p.read_text(encoding='utf-8'))
+        for p in sorted((root/'nbs').glob('[!_]*.ipynb'))
+    }
     return {module: name for name, module in by_notebook.items() if module}
 
 
@@ -51,8 +55,10 @@ def defined(tree):
     "(name, statement, kind) of each public class, function and value at the top level of `tree`"
     for node in tree.body:
         if isinstance(node, ast.ClassDef): found = [(node.name, 'class')]
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): found = [(node.name, 'function')]
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)): found = [(n, 'value') for n in assigned(node)]
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            found = [(node.name, 'function')]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            found = [(n, 'value') for n in assigned(node)]
         else: continue
         for name, kind in found:
             if not name.startswith('_'): yield name, node, kind
@@ -72,5 +78,6 @@ def names(root=ROOT):
         tree = ast.parse((root/'clipprompt'/f'{module}.py').read_text(encoding='utf-8'))
         for name, node, kind in defined(tree):
             if name in {d.module for d in out.get(name, [])}: continue
-            out.setdefault(name, []).append(Name(notebook, module, node.lineno, kind, first_line(node, kind)))
+            out.setdefault(name, []).append(
+                Name(notebook, module, node.lineno, kind, first_line(node, kind)))
     return out

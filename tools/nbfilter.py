@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
-"""Prepare one notebook for the book: Quarto pipes its JSON in and takes what this prints (`ipynb-filters`).
+"""Prepare one notebook for the book: Quarto pipes its JSON in and takes what this prints 
+(`ipynb-filters`).
 
-The code is the text here. nbdev's own processors replace exported cells by documentation made from them, and lose
-what stands in a title's cell below the title; a book shows both. So this takes nbdev's directives and goes its own way:
+The code is the text here. nbdev's own processors replace exported cells by documentation made
+from them, and lose what stands in a title's cell below the title; a book shows both. So this
+takes nbdev's directives and goes its own way:
 
-- the title becomes the page's, all below it stays; links to the notebook's source, file and Colab follow the title;
-- hidden cells go, exported cells stay, each once, under the names that it defines: these are what others link to;
+- the title becomes the page's, all below it stays; links to the notebook's source, file and
+  Colab follow the title;
+- hidden cells go, exported cells stay, each once, under the names that it defines: these are
+  what others link to;
 - cells of imports are folded, flagged cells say what the flag means;
-- names in backticks link to the chapter that defines them, relative, so that links work offline and in previews;
+- names in backticks link to the chapter that defines them, relative, so that links work offline
+  and in previews;
 - a figure's caption is also its alternative text.
 """
 import ast
@@ -29,9 +34,11 @@ FLAGS = {
     'slow': 'slow: runs for minutes on two cores; the output below is stored',
     'gpu': 'gpu: needs a CUDA device; the output below is stored',
 }
-# Names of other chapters link only where they can't be mistaken: with a capital or an underscore, or one of these.
+# Names of other chapters link only where they can't be mistaken: with a capital or an underscore,
+# or one of these.
 PLAIN = {'fit', 'evaluate', 'compare', 'sweep', 'assets'}
-NOT_OURS = {'encode_text', 'encode_image', 'state_dict'}   # open_clip's and PyTorch's, whatever chapters define
+# open_clip's and PyTorch's, whatever chapters define
+NOT_OURS = {'encode_text', 'encode_image', 'state_dict'}
 
 BACKTICKS = re.compile(r'(?<![\[`\w])`([A-Za-z_]\w*)((?:\.\w+)*)(\(\))?`(?![`\]])')
 
@@ -39,7 +46,8 @@ BACKTICKS = re.compile(r'(?<![\[`\w])`([A-Za-z_]\w*)((?:\.\w+)*)(\(\))?`(?![`\]]
 def markdown(text, cell_id): return dict(cell_type='markdown', id=cell_id, metadata={}, source=text)
 
 
-def source(cell): return cell['source'] if isinstance(cell['source'], str) else ''.join(cell['source'])
+def source(cell):
+    return cell['source'] if isinstance(cell['source'], str) else ''.join(cell['source'])
 
 
 def page_links(notebook):
@@ -52,7 +60,8 @@ def page_links(notebook):
         'Open in Colab': f'{colab}/blob/{branch}/nbs/{notebook}',
         'Edit': f'{repository()}/edit/{branch}/nbs/{notebook}',
     }
-    return '::: {.page-links}\n' + '\n'.join(f'[{text}]({url})' for text, url in links.items()) + '\n:::'
+    return '::: {.page-links}\n' + '\n'.join(f'[{text}]({url})'
+                                             for text, url in links.items()) + '\n:::'
 
 
 def title(cells, notebook):
@@ -60,8 +69,13 @@ def title(cells, notebook):
     head = re.match(r'# (?P<title>.+)\n*(?:> (?P<subtitle>.+)\n*)?', source(cells[0]))
     if cells[0]['cell_type'] != 'markdown' or not head: return cells
     meta = {k: v for k, v in head.groupdict().items() if v}
-    front = dict(cell_type='raw', id='front', metadata={}, source=f'---\n{yaml.safe_dump(meta, allow_unicode=True, width=1000, sort_keys=False)}---')
-    intro = markdown(page_links(notebook) + '\n\n' + source(cells[0])[head.end():], cells[0].get('id', 'intro'))
+    front = dict(
+        cell_type='raw',
+        id='front',
+        metadata={},
+        source=f'---\n{yaml.safe_dump(meta, allow_unicode=True, width=1000, sort_keys=False)}---')
+    intro = markdown(
+        page_links(notebook) + '\n\n' + source(cells[0])[head.end():], cells[0].get('id', 'intro'))
     return [front, intro, *cells[1:]]
 
 
@@ -72,7 +86,8 @@ def only_imports(code):
 
 
 def heads(code, module, seen):
-    "Anchors of the names that an exported cell defines first, each with a link to its line in the package"
+    """Anchors of the names that an exported cell defines first, each with a link to its line in
+    the package"""
     found = []
     for name, _, _ in defined(ast.parse(code)):
         here = [d for d in names().get(name, []) if d.module == module]
@@ -96,14 +111,19 @@ def code_cell(cell, module, seen):
     if HIDDEN & directives.keys(): return []
     options = re.match(r'(?:#\|.*\n?)*', mine.source)[0]
     code = mine.source[len(options):]
-    before = [markdown(f'[{text}]{{.flag}}', f'{cell["id"]}-{flag}') for flag, text in FLAGS.items() if flag in directives]
+    before = [
+        markdown(f'[{text}]{{.flag}}', f'{cell["id"]}-{flag}')
+        for flag, text in FLAGS.items()
+        if flag in directives
+    ]
     if {'export', 'exporti', 'exports'} & directives.keys():
         anchors = heads(code, module, seen)
         if anchors: before.append(markdown(anchors, f'{cell["id"]}-names'))
     is_code = not re.search(r'^\s*[%!]', code, re.M)
     if is_code and only_imports(code): options += '#| code-fold: true\n#| code-summary: "Imports"\n'
     caption = re.search(r'^#\| fig-cap:\s*(.*)$', options, re.M)
-    if caption and 'fig-alt:' not in options: options += f'#| fig-alt: {alternative(yaml.safe_load(caption[1]))}\n'
+    if caption and 'fig-alt:' not in options:
+        options += f'#| fig-alt: {alternative(yaml.safe_load(caption[1]))}\n'
     return [*before, dict(cell, source=options + code)]
 
 
@@ -117,7 +137,8 @@ def target(name, notebook):
 
 
 def link(match, notebook):
-    "A name in backticks, linked if it is ours; what stands behind a dot may belong to a class, else to a file's name"
+    """A name in backticks, linked if it is ours; what stands behind a dot may belong to a class,
+    else to a file's name"""
     to = target(match[1], notebook) if not match[2] or match[1][0].isupper() else None
     return f'[{match[0]}]({to})' if to else match[0]
 
@@ -125,7 +146,9 @@ def link(match, notebook):
 def heading(line, notebook):
     "A heading of one word that is also a name of this page: the name keeps the address"
     word = re.fullmatch(r'#+ `?(\w+)`?', line.strip())
-    here = word and any(d.notebook == notebook for n in (word[1], word[1].lower()) for d in names().get(n, []))
+    here = word and any(d.notebook == notebook
+                        for n in (word[1], word[1].lower())
+                        for d in names().get(n, []))
     return f'{line.rstrip()} {{#about-{word[1].lower()}}}' if here else line
 
 
@@ -149,17 +172,22 @@ def filter_nb(txt, notebook):
     cells, seen = [], set()
     for cell in title(nb['cells'], notebook):
         if cell['cell_type'] == 'code': cells += code_cell(cell, module, seen)
-        elif cell['cell_type'] == 'markdown': cells.append(dict(cell, source=linked(source(cell), notebook)))
+        elif cell['cell_type'] == 'markdown':
+            cells.append(dict(cell, source=linked(source(cell), notebook)))
         else: cells.append(dict(cell, source=source(cell)))
-    if re.search(r'(?<![\w`])@\w+\d{4}', txt): cells.append(markdown('## References {.unnumbered}\n\n::: {#refs}\n:::', 'references'))
-    for cell in cells: cell['source'] = cell['source'].splitlines(keepends=True)  # Quarto loses the ends of one long string
+    if re.search(r'(?<![\w`])@\w+\d{4}', txt):
+        cells.append(markdown('## References {.unnumbered}\n\n::: {#refs}\n:::', 'references'))
+    # Quarto loses the ends of one long string
+    for cell in cells: cell['source'] = cell['source'].splitlines(keepends=True)
     return json.dumps(dict(nb, cells=cells), ensure_ascii=False)
 
 
 def main():
     txt = sys.stdin.read()
     # Quarto does not say which notebook it sends
-    path = next((p for p in sorted(Path.cwd().glob('*.ipynb')) if p.read_text(encoding='utf-8') == txt), None)
+    path = next(
+        (p for p in sorted(Path.cwd().glob('*.ipynb')) if p.read_text(encoding='utf-8') == txt),
+        None)
     if path is None: sys.exit(f'nbfilter: no notebook in {Path.cwd()} has the text on stdin')
     print(filter_nb(txt, path.name))
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Make the book's pages without Quarto: `python tools/pages.py FOLDER`.
 
-The filter and Pandoc are those of a render, and so is the style sheet; what only Quarto has (themes, the sidebar, the
-search box, numbers of figures) is missing. tests/test_site.py looks at these pages in a browser.
+The filter and Pandoc are those of a render, and so is the style sheet; what only Quarto has
+(themes, the sidebar, the search box, numbers of figures) is missing. tests/test_site.py looks at
+these pages in a browser.
 """
 import base64
 import re
@@ -18,7 +19,8 @@ from docs_check import LABEL, ROOT, filtered, nb2md, pandoc, text
 
 def chapters(root=ROOT):
     "Files of the book in reading order"
-    return re.findall(r'^\s*-\s+([\w./-]+\.(?:qmd|ipynb))', (root/'_quarto.yml').read_text(encoding='utf-8'), re.M)
+    return re.findall(r'^\s*-\s+([\w./-]+\.(?:qmd|ipynb))',
+                      (root/'_quarto.yml').read_text(encoding='utf-8'), re.M)
 
 
 def to_html(name):
@@ -36,13 +38,15 @@ def markdown(name, out):
     path = ROOT/name
     if path.suffix == '.qmd':
         md = path.read_text(encoding='utf-8')
-        return re.sub(r'\{\{< include (\S+) >\}\}', lambda m: (path.parent/m[1]).read_text(encoding='utf-8'), md)
+        return re.sub(r'\{\{< include (\S+) >\}\}', lambda m:
+                      (path.parent/m[1]).read_text(encoding='utf-8'), md)
 
     def save(file, data):
         folder = out/'figures'/path.stem
         folder.mkdir(parents=True, exist_ok=True)
         data = text(data)
-        (folder/file).write_bytes(data.encode() if file.endswith('.svg') else base64.b64decode(data))
+        (folder/
+         file).write_bytes(data.encode() if file.endswith('.svg') else base64.b64decode(data))
         return f'../figures/{path.stem}/{file}'
     return nb2md(filtered(path), save)
 
@@ -56,13 +60,22 @@ def headed(md):
 
 def labels(texts):
     "{label: the page it is on}; every chapter lies in one folder"
-    return {label: Path(to_html(name)).name for name, md in texts.items() for label in re.findall(rf'\{{#({LABEL})', md)}
+    return {
+        label: Path(to_html(name)).name
+        for name, md in texts.items()
+        for label in re.findall(rf'\{{#({LABEL})', md)
+    }
 
 
 def build(name, md, out, at):
     "Write the page of one source; Pandoc's warnings"
-    html, warns = pandoc(headed(md), ROOT/'references.bib', '--template', str(ROOT/'site'/'page.html'),
-                         '--metadata', f'root={"../"*name.count("/")}', at=at)
+    html, warns = pandoc(headed(md),
+                         ROOT/'references.bib',
+                         '--template',
+                         str(ROOT/'site'/'page.html'),
+                         '--metadata',
+                         f'root={"../"*name.count("/")}',
+                         at=at)
     page = out/to_html(name)
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(linked(html), encoding='utf-8')
@@ -71,10 +84,12 @@ def build(name, md, out, at):
 
 def main(out):
     out = Path(out)
-    for folder in ('site', 'nbs/images'): shutil.copytree(ROOT/folder, out/folder, dirs_exist_ok=True)
+    for folder in ('site', 'nbs/images'):
+        shutil.copytree(ROOT/folder, out/folder, dirs_exist_ok=True)
     texts = {name: markdown(name, out) for name in chapters()}
     at = labels(texts)
-    with ThreadPoolExecutor(2) as ex: warns = sum(ex.map(lambda name: build(name, texts[name], out, at), texts), [])
+    with ThreadPoolExecutor(2) as ex:
+        warns = sum(ex.map(lambda name: build(name, texts[name], out, at), texts), [])
     print(*warns, f'{len(chapters())} pages in {out}', sep='\n')
 
 

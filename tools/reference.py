@@ -16,7 +16,9 @@ MADE = '<!-- Made by tools/reference.py -->'
 
 def escape(text):
     "Text as a cell of a table shows it"
-    return text.replace('|', '\\|').replace('*', '\\*').replace('<', '\\<').replace('[', '\\[').replace('$', '\\$').replace('@', '\\@')
+    return text.replace('|', '\\|').replace('*', '\\*').replace('<',
+                                                                '\\<').replace('[', '\\[').replace(
+                                                                    '$', '\\$').replace('@', '\\@')
 
 
 def first_sentence(text):
@@ -29,21 +31,34 @@ def chapter_title(notebook):
     return re.search(r'"# ([^:"\\]+)', txt)[1].strip()
 
 
+def row(name, made):
+    "A name's line: what it is, where it is made"
+    what = escape(first_sentence(made.doc)) or 'constant'
+    chapter = f'[{chapter_title(made.notebook)}](../nbs/{made.notebook})'
+    return f'| [`{name}`](../nbs/{made.notebook}#{name}) | {what} | {chapter} |'
+
+
 def api():
     "Every public name by its letter: what it is, where it is made"
     found = [(name, d) for name, ds in names().items() for d in ds]
     found.sort(key=lambda x: (x[0].lower(), x[1].notebook))
-    out = ['# Names {.unnumbered}', MADE,
-           f'Every public name of the package: {len(found)}, by letter. A name leads to the place where its chapter makes it.']
+    out = [
+        '# Names {.unnumbered}', MADE,
+        f'Every public name of the package: {len(found)}, by letter. '
+        'A name leads to the place where its chapter makes it.'
+    ]
     for letter, group in groupby(found, key=lambda x: x[0][0].upper()):
-        rows = [f'| [`{name}`](../nbs/{d.notebook}#{name}) | {escape(first_sentence(d.doc)) or "constant"} '
-                f'| [{chapter_title(d.notebook)}](../nbs/{d.notebook}) |' for name, d in group]
-        out.append('\n'.join([f'## {letter} {{.unnumbered}}', '', '| name | what it is | chapter |', '|:---|:---------|:---|', *rows]))
+        rows = [row(name, d) for name, d in group]
+        out.append('\n'.join([
+            f'## {letter} {{.unnumbered}}', '', '| name | what it is | chapter |',
+            '|:---|:---------|:---|', *rows
+        ]))
     return '\n\n'.join(out) + '\n'
 
 
 def parameters(command):
-    "(how it is written in a shell, meaning, default) of each parameter of a command; arguments first"
+    """(how it is written in a shell, meaning, default) of each parameter of a command; arguments
+    first"""
     hints = get_type_hints(command, include_extras=True)
     for name, param in inspect.signature(command).parameters.items():
         info = hints[name].__metadata__[0]
@@ -59,7 +74,8 @@ def parameters(command):
 
 
 def declared(option):
-    "The spellings given to an option; inside Annotated Typer keeps the first where a default would be"
+    """The spellings given to an option; inside Annotated Typer keeps the first where a default
+    would be"""
     first = [option.default] if str(option.default).startswith('-') else []
     return [*first, *(option.param_decls or [])]
 
@@ -90,8 +106,12 @@ def section(name, command):
     arguments = [spelled.strip('`') for is_argument, spelled, _, _ in params if is_argument]
     usage = ' '.join(['clipprompt', name, *arguments, '[OPTIONS]'])
     out = [f'## {name}', *map(escape, about), f'```bash\n{usage}\n```']
-    rows = [f'| {spelled} | {escape(meaning)} | {short(default)} |' for _, spelled, meaning, default in params]
-    if rows: out.append('\n'.join(['| option | meaning | default |', '|:-----|:-------|:---|', *rows]))
+    rows = [
+        f'| {spelled} | {escape(meaning)} | {short(default)} |'
+        for _, spelled, meaning, default in params
+    ]
+    if rows:
+        out.append('\n'.join(['| option | meaning | default |', '|:-----|:-------|:---|', *rows]))
     if examples: out += ['Examples:', '```bash\n' + '\n'.join(examples) + '\n```']
     return '\n\n'.join(out)
 
@@ -99,9 +119,12 @@ def section(name, command):
 def cli():
     "The manual: every command as its --help has it"
     from clipprompt.cli import app
-    out = ['# Commands {.unnumbered}', MADE,
-           'What `clipprompt COMMAND --help` says, on one page. How the commands are built is told in the '
-           '[chapter on the command line](../nbs/40_cli.ipynb).']
+    out = [
+        '# Commands {.unnumbered}', MADE,
+        'What `clipprompt COMMAND --help` says, on one page. '
+        'How the commands are built is told in the '
+        '[chapter on the command line](../nbs/40_cli.ipynb).'
+    ]
     for command in app.registered_commands:
         name = command.name or command.callback.__name__.replace('_', '-')
         out.append(section(name, command.callback))
