@@ -6,6 +6,7 @@ gets a process of its own, as it does with a reader: seeds, default dtypes, patc
 open figures of one chapter must neither help nor hurt the next.
 """
 import configparser
+import json
 import os
 import subprocess
 import sys
@@ -60,3 +61,12 @@ def running(request):
 def test_notebook(nb, running):
     r = running[nb].result() if nb in running else run(nb)
     assert r.returncode == 0, f'{nb.name} failed:\n{r.stderr[-8000:]}'
+
+
+def test_every_chapter_prepares_an_empty_environment():
+    "The same cell after each title: Colab opens a notebook alone"
+    cells = {nb.stem: json.loads(nb.read_text(encoding='utf-8'))['cells'][1] for nb in NBS}
+    sources = {stem: ''.join(c['source']) for stem, c in cells.items() if stem != 'index'}
+    assert len(set(sources.values())) == 1, {stem: s[:60] for stem, s in sources.items()}
+    [source] = set(sources.values())
+    assert source.startswith('#| hide\n') and 'git clone' in source and '[book]' in source
