@@ -122,7 +122,7 @@ def arrow(x:float, up:bool) -> str:
 
 # %% ../nbs/23_cards.ipynb #23-011
 def between(card:Card, block:int, x:float) -> str:
-    "Arrows between the towers at one block: where text tokens are fresh; an image feature enters once"
+    "Arrows between the towers at one block, where the text's token is fresh"
     is_fresh = card.text[block] not in 'c.'
     if not is_fresh: return ''
     shift = 4 if card.arrows == 'both' else 0

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .backbone import Backbone, nearest
 from .deep import check_depth, word_start
-from .learner import Classifier, PromptLearner, Recipe, frozen_key
+from .learner import PromptLearner, Recipe, frozen_key
 from .prompts import Given, Prompts, Sentences, place
 from .towers import TextTower, VisionTower, run_beside, run_block
 

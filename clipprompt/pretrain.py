@@ -466,7 +466,7 @@ def write_benchmark(
     replace_file(out/'pictograms.csv',
         lambda p: table.to_csv(p, index=False, lineterminator='\n'))
     mark = fingerprint(out/'pictograms.zip')
-    about = 'decoded pixels of pictograms.zip, see chapter 30'   # as in the shipped file
+    about = 'decoded pixels of pictograms.zip, see the picto-clip chapter'   # as in the shipped file
     (out/'pictograms.sha256').write_text(f'{mark}  {about}\n')
 
 # %% ../nbs/30_pretrain.ipynb #p058a
