@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
@@ -27,16 +28,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from . import __version__
-from .backbone import Backbone, assets, find_device, load_backbone, nearest
+from .backbone import Backbone, find_device, load_backbone, nearest
 from .check import small_clip
 from .cocoop import CoCoOp
 from .coop import CoOp
 from .data import load_dataset
 from .deep import IVLP, VPT, MaPLe
+from .figures import STYLE, colour
 from .learner import check_writable, write_safely
 from .prompts import Sentences
 from .provp import ProVPRef
-from .report import colour
 from .towers import VisionTower
 from .training import evaluate
 from .variational import VariationalCoCoOp
@@ -44,7 +45,8 @@ from .variational import VariationalCoCoOp
 # %% ../nbs/21_bench.ipynb #21-005
 def bench_names(n:int) -> list[str]: # at most 1000
     "Class names evenly picked from ImageNet's"
-    names = list(dict.fromkeys([*IMAGENET_CLASSNAMES, 'garden gnome', 'paper plane']))   # two of the thousand occur twice
+    more = ['garden gnome', 'paper plane']  # because two of the thousand occur twice
+    names = list(dict.fromkeys([*IMAGENET_CLASSNAMES, *more]))
     return [names[i*len(names)//n] for i in range(n)]
 
 # %% ../nbs/21_bench.ipynb #21-010
@@ -54,70 +56,89 @@ def _noise(clip:Backbone, *shape) -> Tensor:
 def coop_steps(clip:Backbone, n_ctx:int, n_classes:int) -> dict[str, Callable]:
     "The text side of a CoOp step: features forward, gradient back to the context"
     learner = CoOp(clip, bench_names(n_classes), n_ctx=n_ctx).to(clip.device)
-    s, pull = learner.sentences, _noise(clip, n_classes, clip.embed_dim)                       # what a loss would send back
+    s = learner.sentences
+    pull = _noise(clip, n_classes, clip.embed_dim)          # what a loss would send back
     def step(plain, size):
-        learner.text.plain, learner.ctx.tokens.grad, out = plain, None, []
+        learner.text.plain, learner.ctx.tokens.grad = plain, None
+        out = []
         for c in torch.arange(n_classes, device=clip.device).split(size):
-            features = learner.text(Sentences(s.ids[c], s.slots[c], s.eot[c]), learner.ctx)    # [c, E]
+            part = Sentences(s.ids[c], s.slots[c], s.eot[c])
+            features = learner.text(part, learner.ctx)      # [c, E]
             features.backward(pull[c])
             out.append(features.detach())
         return [torch.cat(out), learner.ctx.tokens.grad]
-    return dict(plain=partial(step, True, n_classes if n_classes <= LARGE else 100), fast=partial(step, False, n_classes))
+    size = n_classes if n_classes <= LARGE else 100
+    return dict(plain=partial(step, True, size), fast=partial(step, False, n_classes))
 
 # %% ../nbs/21_bench.ipynb #21-012
 class PlainVision(VisionTower):
     "The definition of a prompted ViT"
-    def _prompted(self, images, prompts): # [B, d_v]
+    def _prompted(self, images, prompts): # [B, D_v]
         x, tokens = self.embed(images), prompts.enter(0, None)
         start = 1 if self.after == 'cls' else x.shape[1]
         stop = start + tokens.shape[-2]
-        x = self.vit.ln_pre(self._put(x, tokens, start, start)) if self.ln_pre else self._put(self.vit.ln_pre(x), tokens, start, start)
+        if self.ln_pre: x = self.vit.ln_pre(self._put(x, tokens, start, start))
+        else: x = self._put(self.vit.ln_pre(x), tokens, start, start)
         for l, block in enumerate(self.vit.transformer.resblocks):
             if l: x = self._put(x, prompts.enter(l, x[:, start:stop]), start, stop)
             x = block(x)
         return x[:, 0]
 
-def learner_steps(clip:Backbone, method:type, n_classes:int=50, batch:int=4, features:bool=False) -> dict[str, Callable]:
-    "Loss and gradient of a training step; `features`: the image side is frozen, its features are given"
+# %% ../nbs/21_bench.ipynb #21-012b
+def learner_steps(clip:Backbone, method:type,
+    n_classes:int=50, batch:int=4,
+    features:bool=False,    # the image side is frozen, its features are given
+) -> dict[str, Callable]:
+    "Loss and gradient of a training step"
     learner = method(clip, bench_names(n_classes)).to(clip.device)
-    x = F.normalize(_noise(clip, batch, clip.embed_dim), dim=-1) if features else _noise(clip, batch, 3, clip.image_size, clip.image_size)
-    y, towers = torch.arange(batch, device=clip.device), {True: PlainVision(clip), False: VisionTower(clip)}
+    if features: x = F.normalize(_noise(clip, batch, clip.embed_dim), dim=-1)
+    else: x = _noise(clip, batch, 3, clip.image_size, clip.image_size)
+    y = torch.arange(batch, device=clip.device)
+    towers = {True: PlainVision(clip), False: VisionTower(clip)}
     def step(plain):
         learner.text.plain, learner.vision = plain, towers[plain]
         learner.zero_grad()
-        logits = learner.logits(x) if features else learner(x)                                 # [B, C]
+        logits = learner.logits(x) if features else learner(x)  # [B, C]
         F.cross_entropy(logits, y).backward()
         return [logits.detach(), *(p.grad for p in learner.parameters())]
     return dict(plain=partial(step, True), fast=partial(step, False))
 
 # %% ../nbs/21_bench.ipynb #21-014
-def _bare(clip:Backbone, x:Tensor, n:int) -> Callable: # [B, 3, H, W]
+def _bare(clip:Backbone, x:Tensor, n:int) -> Callable: # x: [B, 3, H, W]
     "A step of open_clip's tower on n more tokens, with a gradient back to its input"
-    tower, vit, pull, extra = VisionTower(clip), clip.visual, _noise(clip, len(x), clip.embed_dim), _noise(clip, len(x), n, clip.vision_width)
+    tower, vit = VisionTower(clip), clip.visual
+    pull = _noise(clip, len(x), clip.embed_dim)
+    extra = _noise(clip, len(x), n, clip.vision_width)
     def step():
         with clip.autocast():
-            z = vit.ln_pre(torch.cat([tower.embed(x), extra], 1)).detach().requires_grad_()    # [B, 1+N+n, d_v]
+            tokens = torch.cat([tower.embed(x), extra], 1)      # [B, 1+N+n, D_v]
+            z = vit.ln_pre(tokens).detach().requires_grad_()
             for block in vit.transformer.resblocks: z = block(z)
-            (vit.ln_post(z[:, 0]) @ vit.proj).to(pull.dtype).backward(pull)
+            features = vit.ln_post(z[:, 0]) @ vit.proj          # [B, E]
+            features.to(pull.dtype).backward(pull)
     return step
 
 def vpt_steps(clip:Backbone, batch:int=4) -> dict[str, Callable]:
-    "VPT-deep beside a bare tower with the same number of tokens; `reference` is what VPT must equal"
+    "VPT-deep beside a bare tower with as many tokens; `reference` is what VPT must equal"
     learner = VPT(clip, bench_names(2)).to(clip.device)
-    x, pull = _noise(clip, batch, 3, clip.image_size, clip.image_size), _noise(clip, batch, clip.embed_dim)
+    x = _noise(clip, batch, 3, clip.image_size, clip.image_size)
+    pull = _noise(clip, batch, clip.embed_dim)
     def prompted(tower):
         learner.zero_grad()
-        features = tower(x, learner.visual_ctx)                                                # [B, E]
+        features = tower(x, learner.visual_ctx)                 # [B, E]
         features.backward(pull)
         return [features.detach(), learner.visual_ctx.tokens.grad]
-    return dict(plain=_bare(clip, x, learner.hparams['n_visual']), fast=partial(prompted, learner.vision), reference=partial(prompted, PlainVision(clip)))
+    return dict(plain=_bare(clip, x, learner.hparams['n_visual']),
+                fast=partial(prompted, learner.vision),
+                reference=partial(prompted, PlainVision(clip)))
 
 # %% ../nbs/21_bench.ipynb #21-016
 def provp_steps(clip:Backbone, batch:int=4) -> dict[str, Callable]:
     "The image side of ProVP-Ref's step beside bare towers on as many tokens"
     learner = ProVPRef(clip, bench_names(50)).to(clip.device)
-    x, y, n = _noise(clip, batch, 3, clip.image_size, clip.image_size), torch.arange(batch, device=clip.device), learner.hparams['n_visual']
-    bare = _bare(clip, x, n)
+    x = _noise(clip, batch, 3, clip.image_size, clip.image_size)
+    y = torch.arange(batch, device=clip.device)
+    bare = _bare(clip, x, learner.hparams['n_visual'])
     towers = {True: PlainVision(clip, 'cls', ln_pre=False), False: learner.vision}
     def step(plain):
         learner.vision = towers[plain]
@@ -132,10 +153,11 @@ def provp_steps(clip:Backbone, batch:int=4) -> dict[str, Callable]:
 
 # %% ../nbs/21_bench.ipynb #21-018
 def variational_steps(clip:Backbone, samples:int=10, n_classes:int=50) -> dict[str, Callable]:
-    "Loss and gradient of an image-conditioned variational step with one image, its feature given"
+    "Loss and gradient of an image-conditioned variational step; one image, its feature given"
     learner = VariationalCoCoOp(clip, bench_names(n_classes), samples=samples).to(clip.device)
     learner.eps = _noise(clip, samples, 1, clip.text_width)
-    x, y = F.normalize(_noise(clip, 1, clip.embed_dim), dim=-1), torch.zeros(1, dtype=torch.long, device=clip.device)
+    x = F.normalize(_noise(clip, 1, clip.embed_dim), dim=-1)
+    y = torch.zeros(1, dtype=torch.long, device=clip.device)
     def step(plain):
         learner.text.plain = plain
         learner.zero_grad()
@@ -147,34 +169,50 @@ def variational_steps(clip:Backbone, samples:int=10, n_classes:int=50) -> dict[s
 # %% ../nbs/21_bench.ipynb #21-020
 def eval_steps(clip:Backbone) -> dict[str, Callable]:
     "Evaluation of a text prompt, without and with kept image features"
-    data, folder = load_dataset('pictograms', task='icons'), tempfile.TemporaryDirectory()
+    data = load_dataset('pictograms', task='icons')
     data = replace(data, test=data.test[::8])
+    folder = tempfile.TemporaryDirectory()
     learner = CoOp(clip, data.classnames).to(clip.device)
     def step(cache):
-        clip.cache = Path(folder.name) if cache else None                                      # the closure keeps the folder
+        clip.cache = Path(folder.name) if cache else None   # the closure keeps the folder
         try: return [evaluate(learner, data).logits]
         finally: clip.cache = None
     step(True)
     return dict(plain=partial(step, False), fast=partial(step, True))
 
 # %% ../nbs/21_bench.ipynb #21-021
-LARGE = 200   # classes: with more, the plain text side goes through in chunks of 100 and its memory is extrapolated
+LARGE = 200   # classes: with more, plain text goes in chunks of 100 and its memory is extrapolated
 
 @dataclass(frozen=True)
 class Case:
     "Two ways to one result"
-    steps:Callable   # (backbone, **sizes) -> steps `plain` and `fast`; `reference` where plain computes something else
+    steps:Callable   # (backbone, **sizes) -> `plain`, `fast`; `reference` where plain is no equal
     sizes:dict
     what:str
 
-CASES = {f'coop-m{M}-c{C}': Case(coop_steps, dict(n_ctx=M, n_classes=C), f'CoOp, text side of a step, M = {M}, {C} classes') for C in (100, 1000) for M in (16, 4)} | {
-    'cocoop-c50': Case(learner_steps, dict(method=CoCoOp, batch=1, features=True), 'CoCoOp, a step with one image, its feature given, 50 classes'),
-    'variational-s10-c50': Case(variational_steps, {}, 'Variational CoCoOp, a step with one image, its feature given, 10 samples, 50 classes'),
+def _coop(M:int, C:int) -> Case:
+    what = f'CoOp, text side of a step, M = {M}, {C} classes'
+    return Case(coop_steps, dict(n_ctx=M, n_classes=C), what)
+
+CASES = {
+    'coop-m16-c100': _coop(16, 100),
+    'coop-m4-c100': _coop(4, 100),
+    'coop-m16-c1000': _coop(16, 1000),
+    'coop-m4-c1000': _coop(4, 1000),
+    'cocoop-c50': Case(learner_steps, dict(method=CoCoOp, batch=1, features=True),
+        'CoCoOp, a step with one image, its feature given, 50 classes'),
+    'variational-s10-c50': Case(variational_steps, {},
+        'Variational CoCoOp, a step with one image, its feature given, 10 samples, 50 classes'),
     'ivlp-c50': Case(learner_steps, dict(method=IVLP), 'IVLP, a step with 4 images, 50 classes'),
     'maple-c50': Case(learner_steps, dict(method=MaPLe), 'MaPLe, a step with 4 images, 50 classes'),
-    'vpt-deep': Case(vpt_steps, {}, 'VPT-deep, image side of a step with 4 images; plain is the bare tower on as many tokens'),
-    'provp-ref': Case(provp_steps, {}, 'ProVP-Ref, a step with 4 images; plain is a bare tower on as many tokens, and a bare pass without gradient'),
-    'eval-cached': Case(eval_steps, {}, 'second evaluation of CoOp on one test set; fast has its image features on disk'),
+    'vpt-deep': Case(vpt_steps, {},
+        'VPT-deep, image side of a step with 4 images; '
+        'plain is the bare tower on as many tokens'),
+    'provp-ref': Case(provp_steps, {},
+        'ProVP-Ref, a step with 4 images; '
+        'plain is a bare tower on as many tokens, and a bare pass without gradient'),
+    'eval-cached': Case(eval_steps, {},
+        'second evaluation of CoOp on one test set; fast has its image features on disk'),
 }
 
 # %% ../nbs/21_bench.ipynb #21-023
@@ -189,7 +227,8 @@ def bench_clip(quick:bool=False, device:str|None=None, precision:str|None=None) 
 
 # %% ../nbs/21_bench.ipynb #21-025
 def _resident(key:str) -> int: # bytes; VmRSS: now, VmHWM: the highest so far
-    return next(1024*int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(key))
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(1024*int(line.split()[1]) for line in lines if line.startswith(key))
 
 def _high(step:Callable, device:torch.device) -> float|None: # MB (10^6 bytes)
     gc.collect()
@@ -198,9 +237,10 @@ def _high(step:Callable, device:torch.device) -> float|None: # MB (10^6 bytes)
         start = torch.cuda.memory_allocated(device)
         step()
         return (torch.cuda.max_memory_allocated(device)-start)/1e6
-    with suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)                   # glibc gives back what it keeps for later
-    try: Path('/proc/self/clear_refs').write_text('5')                                         # forget the highest so far
-    except OSError: return None                                                                # not Linux
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)                # glibc gives back what it keeps for later
+    try: Path('/proc/self/clear_refs').write_text('5')  # forget the highest so far
+    except OSError: return None                         # not Linux
     start = _resident('VmRSS')
     step()
     return (_resident('VmHWM')-start)/1e6
@@ -208,54 +248,82 @@ def _high(step:Callable, device:torch.device) -> float|None: # MB (10^6 bytes)
 # %% ../nbs/21_bench.ipynb #21-027
 def _peaks(case:str, ways:tuple, options:tuple, sizes:dict, threads:int) -> dict[str, float|None]:
     torch.set_num_threads(threads)
-    make, (quick, device, precision) = partial(CASES[case].steps, **CASES[case].sizes | sizes), options
-    for step in make(bench_clip(True, device, precision)).values(): step()                     # libraries load with their first call
+    make = partial(CASES[case].steps, **CASES[case].sizes | sizes)
+    quick, device, precision = options
+    small = make(bench_clip(True, device, precision))
+    for step in small.values(): step()                  # libraries load with their first call
     clip = bench_clip(quick, device, precision)
     steps = make(clip)
     return {way: _high(steps[way], clip.device) for way in ways}
 
-def peaks(case:str, ways:tuple=('fast', 'plain'), options:tuple=(False, 'cpu', None), **sizes) -> dict[str, float|None]: # MB
-    "Highest memory of each way in a process of their own (the smaller one first); None where the system ended it or does not tell"
+def peaks(case:str, ways:tuple=('fast', 'plain'), options:tuple=(False, 'cpu', None),
+    **sizes,
+) -> dict[str, float|None]: # MB
+    """Highest memory of each way in a process of their own (the smaller one first)
+
+    None where the system ended it or does not tell.
+    """
     call = f'_peaks{(case, ways, options, sizes, torch.get_num_threads())!r}'
-    done = subprocess.run([sys.executable, '-c', f'from clipprompt.bench import _peaks; import json; print(json.dumps({call}))'], capture_output=True, text=True)
+    code = f'from clipprompt.bench import _peaks; import json; print(json.dumps({call}))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     if done.returncode > 0: raise RuntimeError(done.stderr.strip().splitlines()[-1])
     return json.loads(done.stdout) if done.returncode == 0 else dict.fromkeys(ways)
 
+# %% ../nbs/21_bench.ipynb #21-027b
 def memory(case:str, options:tuple) -> dict[str, float|None]: # MB
     "`peaks`; with very many classes plain is extrapolated from 100 and 200"
-    if (C := CASES[case].sizes.get('n_classes', 0)) <= LARGE: return peaks(case, options=options)
-    at = {n: peaks(case, ('plain',), options, n_classes=n)['plain'] for n in (100, 200)}
-    plain = at[100]+(at[200]-at[100])*(C-100)/100 if None not in at.values() else None
+    n_classes = CASES[case].sizes.get('n_classes', 0)
+    if n_classes <= LARGE: return peaks(case, options=options)
+    a, b = (peaks(case, ('plain',), options, n_classes=n)['plain'] for n in (100, 200))
+    plain = None if a is None or b is None else a+(b-a)*(n_classes-100)/100
     return dict(plain=plain) | peaks(case, ('fast',), options)
 
 # %% ../nbs/21_bench.ipynb #21-029
 def _error(ours:list[Tensor], theirs:list[Tensor]) -> float:
     "Largest difference, relative to each tensor's largest value"
-    return max(((a-b).abs().max()/b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
+    pairs = zip(ours, theirs, strict=True)
+    return max(((a-b).abs().max()/b.abs().max()).item() for a, b in pairs)
 
-def _timed(step:Callable, cuda:bool):
+def _timed(step:Callable, cuda:bool) -> tuple: # seconds, what the step returned
     if cuda: torch.cuda.synchronize()
-    start, out = perf_counter(), step()
+    start = perf_counter()
+    out = step()
     if cuda: torch.cuda.synchronize()
     return perf_counter()-start, out
 
-def run_case(name:str, clip:Backbone, options:tuple, repeats:int=5, limit:float=120) -> dict:
-    "One row. After `limit` seconds no further round starts"
-    case, cuda = CASES[name], clip.device.type == 'cuda'
-    steps, C = case.steps(clip, **case.sizes), case.sizes.get('n_classes', 0)
-    times, flop, first = dict(plain=[], fast=[]), {}, {}
-    for way in steps:
-        with FlopCounterMode(display=False) as counter: seconds, first[way] = _timed(steps[way], cuda)
+def _first_round(steps:dict, times:dict, cuda:bool) -> tuple[dict, dict]:
+    "Operations and results of each way"
+    flop, first = {}, {}
+    for way, step in steps.items():
+        with FlopCounterMode(display=False) as counter: seconds, first[way] = _timed(step, cuda)
         flop[way] = counter.get_total_flops()
-        if seconds > 10 and way in times: times[way].append(seconds)                           # too long to be called a warm-up
-    while len(times['fast']) < repeats and (len(times['plain']) < 2 or sum(times['plain']) < limit):
+        if seconds > 10 and way in times: times[way].append(seconds)  # too long for a warm-up
+    return flop, first
+
+# %% ../nbs/21_bench.ipynb #21-029b
+def run_case(name:str, clip:Backbone, options:tuple, repeats:int=5,
+    limit:float=120,  # seconds, after which no further round starts
+) -> dict:
+    "One row"
+    case, cuda = CASES[name], clip.device.type == 'cuda'
+    steps, times = case.steps(clip, **case.sizes), dict(plain=[], fast=[])
+    flop, first = _first_round(steps, times, cuda)
+    def enough(): return len(times['plain']) >= 2 and sum(times['plain']) >= limit
+    while len(times['fast']) < repeats and not enough():
         for way, t in times.items(): t.append(_timed(steps[way], cuda)[0])
     mb = memory(name, options)
-    plain_s, fast_s = (median(t) for t in times.values())
-    return dict(case=name, plain_s=plain_s, fast_s=fast_s, ratio=plain_s/fast_s, plain_mb=mb['plain'], fast_mb=mb['fast'],
-        device=torch.cuda.get_device_name(clip.device) if cuda else f'CPU, {torch.get_num_threads()} threads', what=case.what, plain_mb_extrapolated=C > LARGE,
-        plain_times=times['plain'], fast_times=times['fast'], plain_flop=flop['plain'], fast_flop=flop['fast'],
-        error=_error(first['fast'], first.get('reference') or first['plain']), backbone=clip.name, precision=clip.precision or 'float32', torch=torch.__version__, version=__version__)
+    plain_s, fast_s = median(times['plain']), median(times['fast'])
+    cpu = f'CPU, {torch.get_num_threads()} threads'
+    return dict(
+        case=name, plain_s=plain_s, fast_s=fast_s, ratio=plain_s/fast_s,
+        plain_mb=mb['plain'], fast_mb=mb['fast'],
+        device=torch.cuda.get_device_name(clip.device) if cuda else cpu, what=case.what,
+        plain_mb_extrapolated=case.sizes.get('n_classes', 0) > LARGE,
+        plain_times=times['plain'], fast_times=times['fast'],
+        plain_flop=flop['plain'], fast_flop=flop['fast'],
+        error=_error(first['fast'], first.get('reference') or first['plain']),
+        backbone=clip.name, precision=clip.precision or 'float32',
+        torch=torch.__version__, version=__version__)
 
 # %% ../nbs/21_bench.ipynb #21-030
 def find_case(name:str) -> Case:
@@ -276,40 +344,55 @@ def bench(
     "Plain against fast. Raises ValueError for an unknown case, precision or device"
     cases = list(dict.fromkeys(cases))
     for name in cases: find_case(name)
-    if not cases or repeats < 1: raise ValueError('nothing to measure: give at least one case and one repeat')
+    if not cases or repeats < 1:
+        raise ValueError('nothing to measure: give at least one case and one repeat')
     if out: check_writable(out)
     options, rows = (quick, device, precision), []
     clip = bench_clip(*options)
-    for name in (bar := tqdm(cases, unit='case', disable=not progress)):
+    def write(tmp): pd.DataFrame(rows).to_json(tmp, orient='records', indent=1)
+    bar = tqdm(cases, unit='case', disable=not progress)
+    for name in bar:
         bar.set_description(name)
         rows.append(run_case(name, clip, options, repeats))
-        if out: write_safely(out, lambda tmp: pd.DataFrame(rows).to_json(tmp, orient='records', indent=1))
+        if out: write_safely(out, write)
     return pd.DataFrame(rows)
 
 # %% ../nbs/21_bench.ipynb #21-034
 def speed_table(rows:pd.DataFrame) -> pd.DataFrame: # text cells
     "Rows of `bench`, ready to print: medians, and the range of single rounds"
-    time = lambda t: f'{median(t):.3g} s ({min(t):.3g} to {max(t):.3g})'
-    mb = lambda x: '-' if pd.isna(x) else f'{x:,.0f} MB'
-    return pd.DataFrame(dict(case=rows.case, plain=rows.plain_times.map(time), fast=rows.fast_times.map(time), ratio=rows.ratio.map('{:.1f}x'.format),
-        counted=[f'{p/f:.1f}x' for p, f in zip(rows.plain_flop, rows.fast_flop)], plain_memory=[mb(x) + ' (extrapolated)'*(e and x > 0) for x, e in zip(rows.plain_mb, rows.plain_mb_extrapolated)],
-        fast_memory=rows.fast_mb.map(mb), error=rows.error.map('{:.0e}'.format)))
+    def time(t): return f'{median(t):.3g} s ({min(t):.3g} to {max(t):.3g})'
+    def mb(x): return '-' if pd.isna(x) else f'{x:,.0f} MB'
+    plain_mb = [mb(x) + (' (extrapolated)' if guessed and x > 0 else '')
+                for x, guessed in zip(rows.plain_mb, rows.plain_mb_extrapolated)]
+    counted = rows.plain_flop/rows.fast_flop
+    return pd.DataFrame(dict(
+        case=rows.case, plain=rows.plain_times.map(time), fast=rows.fast_times.map(time),
+        ratio=rows.ratio.map('{:.1f}x'.format), counted=counted.map('{:.1f}x'.format),
+        plain_memory=plain_mb, fast_memory=rows.fast_mb.map(mb),
+        error=rows.error.map('{:.0e}'.format)))
 
 # %% ../nbs/21_bench.ipynb #21-040
 def plot_speed(rows:pd.DataFrame) -> plt.Figure:
     "Seconds and memory of each case, plain and fast"
-    with plt.style.context(assets()/'clipprompt.mplstyle'):
-        fig, axs = plt.subplots(1, 2, figsize=(8.6, .9+.34*len(rows)), sharey=True)
-        for ax, unit, scale in zip(axs, ('s', 'mb'), (1, 1e-3)):
-            for y, r in enumerate(rows.iloc[::-1].itertuples()):
-                a, b = (getattr(r, f'{way}_{unit}') for way in ('plain', 'fast'))
-                if pd.isna(a) or pd.isna(b): continue
-                ax.plot([a*scale, b*scale], [y, y], color='.8', lw=2, zorder=1)
-                ax.plot(a*scale, y, 'o', mfc='w', mec='.3', ms=6)
-                ax.plot(b*scale, y, 'o', color=colour('coop'), ms=6)
-                ax.annotate(f'{a/b:.0f}x' if a/b >= 9.95 else f'{a/b:.1f}x', ((a*b)**.5*scale, y), (0, 4), textcoords='offset points', ha='center', fontsize=8, color='.3')
-            ax.set(xscale='log', ylim=(-.6, len(rows)-.2), xlabel='seconds' if unit == 's' else 'peak memory of a step (GB)'); ax.grid(axis='y', visible=False)
-        axs[0].set(yticks=range(len(rows)), yticklabels=rows.case[::-1])
-        interactive = plt.isinteractive()
-    plt.interactive(interactive)   # see `plot` in chapter 20
+    with mpl.rc_context(STYLE):
+        fig, axs = plt.subplots(1, 2, figsize=(7.8, 1+.36*len(rows)), sharey=True)
+        _pairs(axs[0], rows.plain_s, rows.fast_s, 'seconds')
+        gigabytes = rows[['plain_mb', 'fast_mb']].astype(float)/1e3  # where unknown: NaN
+        _pairs(axs[1], gigabytes.plain_mb, gigabytes.fast_mb, 'peak memory of a step (GB)')
+        axs[0].set_yticks(range(len(rows)), rows.case)
+        interactive = plt.isinteractive()  # a notebook turns it on with its first figure,
+    plt.interactive(interactive)           # and the context's end would turn it off
     return fig
+
+def _pairs(ax:plt.Axes, plain:pd.Series, fast:pd.Series, unit:str):
+    "One line per case, from fast to plain, with their ratio; none where one is unknown"
+    for y, (a, b) in enumerate(zip(plain, fast)):
+        if pd.isna(a) or pd.isna(b): continue
+        ax.plot([a, b], [y, y], color='.8', lw=2, zorder=1)
+        ax.plot(a, y, 'o', mfc='w', mec='.3', ms=6)
+        ax.plot(b, y, 'o', color=colour('coop'), ms=6)
+        ratio = f'{a/b:.0f}x' if a/b >= 9.95 else f'{a/b:.1f}x'
+        ax.annotate(ratio, ((a*b)**.5, y), (0, 6), textcoords='offset points', ha='center',
+                    fontsize=8.5, color='.3')
+    ax.set(xscale='log', xlabel=unit, ylim=(len(plain)-.5, -.8))
+    ax.grid(False, axis='y')
