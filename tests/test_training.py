@@ -363,9 +363,10 @@ def test_resume_after_kill_9(when, few, clip32, tmp_path):
 
 
 MOMENTS = '''
-import json, os, random, signal, sys, time
+import json, os, random, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
 import torch
+from tqdm import tqdm
 from clipprompt import training
 from clipprompt.data import load_dataset
 from clipprompt.learner import Recipe
@@ -373,7 +374,9 @@ from clipprompt.report import METHODS
 from helpers import tiny_clip
 
 folder, where, *names = sys.argv[2:]
-torch.set_num_threads(1)  # forked processes cannot share a pool of threads
+torch.set_num_threads(1)          # forked processes cannot share a pool of threads
+tqdm.set_lock(threading.RLock())  # nor tqdm's own lock, which a killed one would keep for ever
+tqdm.monitor_interval = 0
 random.seed(int(time.time()))
 data, clip = load_dataset(folder).few_shot(3), tiny_clip()
 
