@@ -35,11 +35,11 @@ def shapes(folder, classes=('disc', 'two_bars', 'cross', 'ring'), n=6):
             pen, (x, y), r = ImageDraw.Draw(image), (18 + i % 3, 18 + i//3), 12 + i % 2
             if c % 4 == 0: pen.ellipse((x-r, y-r, x+r, y+r), 'black')
             if c % 4 == 1:
-                pen.rectangle((x - r, y - 9, x + r, y - 4), 'black'), pen.rectangle(
-                    (x - r, y + 4, x + r, y + 9), 'black')
+                pen.rectangle((x - r, y - 9, x + r, y - 4), 'black')
+                pen.rectangle((x - r, y + 4, x + r, y + 9), 'black')
             if c % 4 == 2:
-                pen.line((x - r, y - r, x + r, y + r), 'black', 4), pen.line(
-                    (x - r, y + r, x + r, y - r), 'black', 4)
+                pen.line((x - r, y - r, x + r, y + r), 'black', 4)
+                pen.line((x - r, y + r, x + r, y - r), 'black', 4)
             if c % 4 == 3: pen.ellipse((x-r, y-r, x+r, y+r), None, 'black', 3)
             image.save(folder/name/f'{i}.png')
     return folder

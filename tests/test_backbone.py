@@ -74,13 +74,11 @@ def check_towers(clip):
         if isinstance(text, tuple): text = text[0]
         assert torch.equal(TextTower(clip, plain=True)(sentences), text)
         assert torch.equal(VisionTower(clip)(images), image)
-        torch.testing.assert_close(TextTower(clip)(sentences),
-                                   text,
-                                   rtol=1e-4,
+        torch.testing.assert_close(TextTower(clip)(sentences), text, rtol=1e-4,
                                    atol=1e-5*text.abs().max().item())
     learner = CoOp(clip, NAMES, n_ctx=3)
-    before, optimizer = learner.ctx.tokens.detach().clone(), torch.optim.SGD(
-        learner.parameters(), .1)
+    before = learner.ctx.tokens.detach().clone()
+    optimizer = torch.optim.SGD(learner.parameters(), .1)
     F.cross_entropy(learner(images), torch.tensor([1])).backward()
     optimizer.step()
     assert learner.ctx.tokens.isfinite().all() and not torch.equal(learner.ctx.tokens, before)
@@ -91,17 +89,17 @@ def check_towers(clip):
 # ---- models that fit -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name,layers', [('ViT-S-16', 12), ('ViT-B-32', 12), ('ViT-B-16', 4),
-                                         ('ViT-B-16-quickgelu', 4), ('ViT-L-14', 3),
-                                         ('ViT-M-16-alt', 4)])
+@pytest.mark.parametrize('name,layers', [
+    ('ViT-S-16', 12), ('ViT-B-32', 12), ('ViT-B-16', 4), ('ViT-B-16-quickgelu', 4),
+    ('ViT-L-14', 3), ('ViT-M-16-alt', 4)])
 def test_open_clip_models(name, layers, shallow):
     shallow(name, layers)
     clip = load_backbone(name, 'random', device='cpu')
-    v, t = open_clip.get_model_config(name)['vision_cfg'], open_clip.get_model_config(
-        name)['text_cfg']
-    assert (clip.image_size, clip.vision_width, clip.text_width, clip.vision_layers,
-            clip.text_layers) == (v['image_size'], v['width'], t['width'], min(layers,
-                                                                               12), min(layers, 12))
+    cfg = open_clip.get_model_config(name)
+    v, t = cfg['vision_cfg'], cfg['text_cfg']
+    assert clip.image_size == v['image_size']
+    assert (clip.vision_width, clip.text_width) == (v['width'], t['width'])
+    assert clip.vision_layers == clip.text_layers == min(layers, 12)
     assert clip.context_length == 77 and clip.name == f'{name}/random'
     check_towers(clip)
 
@@ -140,9 +138,8 @@ def test_built_models(variant):
 def test_tokenizer_follows_the_configuration(monkeypatch):
     """A model that was added to open_clip's list, with a context and a way of cleaning text of its
     own"""
-    monkeypatch.setitem(
-        CONFIGS, 'mine',
-        altered(text=dict(context_length=24, tokenizer_kwargs=dict(clean='canonicalize'))))
+    cfg = altered(text=dict(context_length=24, tokenizer_kwargs=dict(clean='canonicalize')))
+    monkeypatch.setitem(CONFIGS, 'mine', cfg)
     clip = load_backbone('mine', 'random', device='cpu')
     assert clip.tokenize(['a cat']).shape == (1, 24)
     assert torch.equal(clip.tokenize(['A, cat!']), clip.tokenize(['a cat']))
@@ -162,8 +159,8 @@ def test_every_name_of_open_clip():
         cfg = open_clip.get_model_config(name)
         lacks = missing(cfg)
         foreign = 'timm_model_name' in cfg['vision_cfg'] or 'hf_model_name' in cfg['text_cfg']
-        assert lacks if foreign or any(
-            s in name for s in ('RN', 'coca', 'SigLIP', 'CLIPA', 'worldwide')) else not lacks, name
+        odd = foreign or any(s in name for s in ('RN', 'coca', 'SigLIP', 'CLIPA', 'worldwide'))
+        assert bool(lacks) == odd, name
         if foreign: continue
         if isinstance(cfg['vision_cfg']['layers'], int):
             cfg['vision_cfg']['layers'] = cfg['text_cfg']['layers'] = 1
@@ -175,21 +172,19 @@ def test_every_name_of_open_clip():
                      *([] if lacks == [NEEDS['tokenizer']] else set(lacks) - {NEEDS['tokenizer']}))
 
 
-@pytest.mark.parametrize('name,lacks', [('RN50', ['vit']), ('RN50x64-quickgelu', ['vit']),
-                                        ('convnext_base', ['vit']), ('EVA02-B-16', ['vit']),
-                                        ('MobileCLIP-B', ['vit']), ('PE-Core-B-16', ['vit']),
-                                        ('ViTamin-S', ['vit']),
-                                        ('vit_medium_patch16_gap_256', ['vit']),
-                                        ('ViT-B-16-SigLIP', ['vit', 'causal', 'eot', 'tokenizer']),
-                                        ('ViT-B-16-SigLIP2', ['vit', 'causal', 'eot', 'tokenizer']),
-                                        ('MobileCLIP-S1', ['vit', 'causal']),
-                                        ('nllb-clip-base-siglip', ['vit', 'causal', 'tokenizer']),
-                                        ('roberta-ViT-B-32', ['causal', 'tokenizer']),
-                                        ('xlm-roberta-large-ViT-H-14', ['causal', 'tokenizer']),
-                                        ('coca_base', ['eot']), ('coca_ViT-B-32', ['cls', 'eot']),
-                                        ('coca_roberta-ViT-B-32', ['causal', 'eot', 'tokenizer']),
-                                        ('ViT-L-14-CLIPA', ['cls', 'causal', 'eot', 'tokenizer']),
-                                        ('ViT-H-14-worldwide', ['tokenizer'])])
+@pytest.mark.parametrize('name,lacks', [
+    ('RN50', ['vit']), ('RN50x64-quickgelu', ['vit']), ('convnext_base', ['vit']),
+    ('EVA02-B-16', ['vit']), ('MobileCLIP-B', ['vit']), ('PE-Core-B-16', ['vit']),
+    ('ViTamin-S', ['vit']), ('vit_medium_patch16_gap_256', ['vit']),
+    ('ViT-B-16-SigLIP', ['vit', 'causal', 'eot', 'tokenizer']),
+    ('ViT-B-16-SigLIP2', ['vit', 'causal', 'eot', 'tokenizer']),
+    ('MobileCLIP-S1', ['vit', 'causal']),
+    ('nllb-clip-base-siglip', ['vit', 'causal', 'tokenizer']),
+    ('roberta-ViT-B-32', ['causal', 'tokenizer']),
+    ('xlm-roberta-large-ViT-H-14', ['causal', 'tokenizer']), ('coca_base', ['eot']),
+    ('coca_ViT-B-32', ['cls', 'eot']), ('coca_roberta-ViT-B-32', ['causal', 'eot', 'tokenizer']),
+    ('ViT-L-14-CLIPA', ['cls', 'causal', 'eot', 'tokenizer']),
+    ('ViT-H-14-worldwide', ['tokenizer'])])
 def test_refused_before_anything_is_built(name, lacks, monkeypatch):
     def never(*args, **kwargs): raise AssertionError('built')
 
@@ -207,17 +202,17 @@ def test_refused_before_anything_is_built(name, lacks, monkeypatch):
 
 UNFIT = {
     'average': (dict(vision=dict(pool_type='avg')), 'cls'),
-    'attention pool': (dict(vision=dict(attentional_pool=True)), 'cls'), 'image blocks':
-        (dict(vision=dict(block_type='custom')), 'vit'),
-    **{e: (dict(text={e: True}), 'causal')
-       for e in module._EXTRAS}, 'image extras': (dict(vision=dict(qk_norm=True)), 'vit'),
-    'text blocks': (dict(text=dict(block_type='custom')), 'causal'), 'both ways':
-        (dict(text=dict(no_causal_mask=True)), 'causal'), 'cls':
-            (dict(text=dict(embed_cls=True)), 'eot'), 'last':
-                (dict(text=dict(pool_type='last')), 'eot'), 'no projection':
-                    (dict(text=dict(proj_type='none')), 'eot'), 'oblong':
-                        (dict(vision=dict(image_size=(32, 40))), 'square'), 'resnet':
-                            (dict(vision=dict(layers=(1, 1, 1, 1), width=8)), 'vit')
+    'attention pool': (dict(vision=dict(attentional_pool=True)), 'cls'),
+    'image blocks': (dict(vision=dict(block_type='custom')), 'vit'),
+    **{e: (dict(text={e: True}), 'causal') for e in module._EXTRAS},
+    'image extras': (dict(vision=dict(qk_norm=True)), 'vit'),
+    'text blocks': (dict(text=dict(block_type='custom')), 'causal'),
+    'both ways': (dict(text=dict(no_causal_mask=True)), 'causal'),
+    'cls': (dict(text=dict(embed_cls=True)), 'eot'),
+    'last': (dict(text=dict(pool_type='last')), 'eot'),
+    'no projection': (dict(text=dict(proj_type='none')), 'eot'),
+    'oblong': (dict(vision=dict(image_size=(32, 40))), 'square'),
+    'resnet': (dict(vision=dict(layers=(1, 1, 1, 1), width=8)), 'vit'),
 }
 
 @pytest.mark.parametrize('custom', [False, True], ids='flat custom'.split())
@@ -279,20 +274,15 @@ def write_half(clip, path):
 def write_old(clip, path):
     torch.save(OrderedDict(clip.model.state_dict()), path, _use_new_zipfile_serialization=False)
 def write_training(clip, path):
-    torch.save(
-        dict(epoch=3,
-             name='run',
-             state_dict={f'module.{k}': v
-                         for k, v in clip.model.state_dict().items()},
-             optimizer=torch.optim.AdamW(clip.model.visual.ln_post.parameters()).state_dict()),
-        path)
+    weights = {f'module.{k}': v for k, v in clip.model.state_dict().items()}
+    optimizer = torch.optim.AdamW(clip.model.visual.ln_post.parameters()).state_dict()
+    torch.save(dict(epoch=3, name='run', state_dict=weights, optimizer=optimizer), path)
 
 
 def write_scale(clip, path):
-    torch.save(
-        clip.model.state_dict() | dict(logit_scale=clip.model.logit_scale[None],
-                                       context_length=torch.tensor(77),
-                                       vocab_size=torch.tensor(49408)), path)
+    more = dict(logit_scale=clip.model.logit_scale[None], context_length=torch.tensor(77),
+                vocab_size=torch.tensor(49408))
+    torch.save(clip.model.state_dict() | more, path)
 
 @pytest.mark.parametrize('ending', ['pt', 'bin', 'ckpt'])
 @pytest.mark.parametrize('write', [write_state, write_old, write_training, write_scale])
@@ -329,8 +319,7 @@ class Harm:
 def test_pickle_is_never_run(mine, tmp_path, name, wrap, new):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        torch.save(wrap(mine, Harm(tmp_path/'harmed')),
-                   tmp_path/name,
+        torch.save(wrap(mine, Harm(tmp_path/'harmed')), tmp_path/name,
                    _use_new_zipfile_serialization=new)
     with pytest.raises(ValueError) as e: load_backbone('mine', tmp_path/name)
     one_line(e, name, 'damaged', 'safetensors',
@@ -413,10 +402,9 @@ def published(monkeypatch, tmp_path):
     return model
 
 
-@pytest.mark.parametrize('name,tag,gelu', [('ViT-B-16', 'openai', 'QuickGELU'),
-                                           ('ViT-B-16', 'laion2b_s34b_b88k', 'GELU'),
-                                           ('ViT-B-16-quickgelu', 'openai', 'QuickGELU'),
-                                           ('ViT-B-16', 'dfn2b', 'QuickGELU')])
+@pytest.mark.parametrize('name,tag,gelu', [
+    ('ViT-B-16', 'openai', 'QuickGELU'), ('ViT-B-16', 'laion2b_s34b_b88k', 'GELU'),
+    ('ViT-B-16-quickgelu', 'openai', 'QuickGELU'), ('ViT-B-16', 'dfn2b', 'QuickGELU')])
 def test_the_tag_decides_the_activation(name, tag, gelu, published, recwarn):
     clip = load_backbone(name, tag, device='cpu')
     assert gelus(clip) == {gelu}
@@ -431,9 +419,8 @@ def test_every_tag_that_wants_quickgelu():
     "No tag of a '-quickgelu' name wants anything else: the tag's word can be taken"
     for name in PLAIN:
         if name.endswith('quickgelu'):
-            assert all(
-                open_clip.get_pretrained_cfg(name, t).get('quick_gelu')
-                for t in open_clip.list_pretrained_tags_by_model(name))
+            for t in open_clip.list_pretrained_tags_by_model(name):
+                assert open_clip.get_pretrained_cfg(name, t).get('quick_gelu')
 
 
 def test_pixel_constants_of_the_tag(monkeypatch, tmp_path):
@@ -491,8 +478,8 @@ def test_fingerprint(mine, monkeypatch):
     def never(*args): raise AssertionError('computed twice')
     with monkeypatch.context() as m:
         m.setattr(module.hashlib, 'sha256', never)
-        assert mine.fingerprint == mine.to('cpu').fingerprint == mine.to(
-            torch.float32).fingerprint == first
+        assert mine.fingerprint == first
+        assert mine.to('cpu').fingerprint == mine.to(torch.float32).fingerprint == first
     other = mine.to(dtype=torch.bfloat16).fingerprint
     assert other != first and other == mine.to(dtype=torch.float32).fingerprint
 

@@ -50,9 +50,7 @@ def pieces(nb):
 def shown(nb):
     "The text of a filtered notebook, links of names undone"
     text = '\n'.join(docs_check.text(c['source']) for c in nb['cells'])
-    text = re.sub(r"^(title|subtitle): '?(.*?)'?$",
-                  lambda m: m[2].replace("''", "'"),
-                  text,
+    text = re.sub(r"^(title|subtitle): '?(.*?)'?$", lambda m: m[2].replace("''", "'"), text,
                   flags=re.M)
     text = re.sub(r'\[(`[^`\n]+`)\]\((?:[\w.]+\.ipynb)?#\w+\)', r'\1', text)
     return re.sub(r' \{#about-\w+\}', '', text)
@@ -112,8 +110,8 @@ def test_cells_are_lists_of_lines():
 def test_sources_lead_to_their_lines():
     for name, found in names.names().items():
         for d in found:
-            line = (ROOT/'clipprompt'/
-                    f'{d.module}.py').read_text(encoding='utf-8').splitlines()[d.line - 1]
+            file = ROOT/'clipprompt'/f'{d.module}.py'
+            line = file.read_text(encoding='utf-8').splitlines()[d.line - 1]
             assert name in line, f'{name}: line {d.line} of {d.module}.py is {line!r}'
             assert d.source.endswith(f'/clipprompt/{d.module}.py#L{d.line}')
 
@@ -126,8 +124,8 @@ def test_names_lead_to_their_own_page_first():
                            '12_cocoop.ipynb').count('(11_coop.ipynb#CoOp)') == 2
     for text in ('`encode_text`', '`table`', '`domain`', '`compare.png`', '`clip`',
                  '[`fit`](x.ipynb)', '```\n`fit`\n```', '# `fit`'):
-        assert nbfilter.linked(
-            text, '30_pretrain.ipynb' if text == '`fit`' else '02_prompts.ipynb') == text
+        notebook = '30_pretrain.ipynb' if text == '`fit`' else '02_prompts.ipynb'
+        assert nbfilter.linked(text, notebook) == text
 
 
 # ---- The form of a chapter -----------------------------------------------------------------------
@@ -137,8 +135,8 @@ def book(tmp_path):
     "A book of two chapters that refer to each other"
     for name in ('settings.ini', 'references.bib'): shutil.copy(ROOT/name, tmp_path)
     (tmp_path/'nbs').mkdir()
-    (tmp_path/'_quarto.yml'
-     ).write_text('book: {chapters: [index.qmd, nbs/01_one.ipynb, nbs/02_two.ipynb]}\n')
+    (tmp_path/'_quarto.yml').write_text(
+        'book: {chapters: [index.qmd, nbs/01_one.ipynb, nbs/02_two.ipynb]}\n')
     (tmp_path/'index.qmd').write_text('# A book\n\nSee [one](nbs/01_one.ipynb#sec-one).\n')
     write_nb(tmp_path/'nbs/01_one.ipynb', '# One\n\n> First',
              '## A section {#sec-one}\n\n$$ a = b $$ {#eq-a}\n\n@radford2021clip')
@@ -171,14 +169,11 @@ def test_planted_faults_are_found(book, capsys):
 
 def test_faults_of_form_are_found(book, capsys):
     stream = dict(output_type='stream', name='stdout', text='a'*101)
-    html = dict(output_type='display_data',
-                metadata={},
+    html = dict(output_type='display_data', metadata={},
                 data={'text/html': '<table></table>', 'text/plain': 'x'})
-    coarse = dict(output_type='display_data',
-                  metadata={},
+    coarse = dict(output_type='display_data', metadata={},
                   data={'image/png': 'AAAA', 'text/plain': 'x'})
-    picture = dict(output_type='display_data',
-                   metadata={},
+    picture = dict(output_type='display_data', metadata={},
                    data={'image/svg+xml': '<svg></svg>', 'text/plain': '<x at 0x7f>'})
     out = faults(book, capsys, '# 2. Two\n\n> Second', 'As chapter 11 says, `LNone`.',
                  cell('x = 1  # ' + 'long '*30, 'code'), cell('f()', 'code', [stream]),

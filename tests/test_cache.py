@@ -78,10 +78,9 @@ def test_damaged_files_are_rebuilt(clip, data, damage, monkeypatch):
         with safe_open(path, 'pt') as f: meta = f.metadata()
         save_file(dict(features=torch.zeros_like(features), labels=labels), path, meta)
     else:
-        path.write_bytes({
-            'cut': good[:-7], 'flipped': good[:-1] + bytes([good[-1] ^ 1]), 'empty': b'',
-            'garbage': b'no tensors here'
-        }[damage])
+        bad = dict(cut=good[:-7], flipped=good[:-1] + bytes([good[-1] ^ 1]), empty=b'',
+                   garbage=b'no tensors here')
+        path.write_bytes(bad[damage])
     again, _ = encode(learner, pictures)
     assert torch.equal(again, features)
     monkeypatch.setattr(learner_module.VisionTower, '__call__', lambda *_: never())
@@ -158,13 +157,8 @@ def test_unwritable_cache_says_so(tmp_path):
 
 def test_views_are_recorded(data):
     clip = tiny_clip()
-    fresh, fixed = [
-        fit(CoOp(clip, data.classnames, n_ctx=2),
-            data,
-            Recipe(epochs=2, batch_size=4),
-            views=v,
-            progress=False) for v in (None, 2)
-    ]
+    fresh, fixed = [fit(CoOp(clip, data.classnames, n_ctx=2), data, Recipe(epochs=2, batch_size=4),
+                        views=v, progress=False) for v in (None, 2)]
     assert fresh.views is None
     assert fixed.views == 2 == fixed.recipe.views
     assert fixed.precision == 'float32'
@@ -178,8 +172,8 @@ def test_views_are_recorded(data):
 def test_half_precision(cls, precision, data):
     """The towers compute in half precision; parameters, logits, loss and gradients stay float32
     and near those of float32"""
-    x, y, grads = torch.randn(
-        4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0]), {}
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    y, grads = torch.tensor([0, 1, 2, 0]), {}
     for p in (None, precision):
         clip = tiny_clip(); clip.precision = p
         l = cls(clip, data.classnames)
@@ -196,8 +190,8 @@ def test_half_precision(cls, precision, data):
     assert FP16_SCALE > 1
 
 
-@pytest.mark.parametrize('precision,says', [(None, 'precision float32'), ('bf16', 'precision bf16'),
-                                            ('fp16', 'precision fp16')])
+@pytest.mark.parametrize('precision,says', [
+    (None, 'precision float32'), ('bf16', 'precision bf16'), ('fp16', 'precision fp16')])
 def test_a_loss_that_is_not_finite_names_step_rate_and_precision(precision, says, data):
     clip = tiny_clip(); clip.precision = precision
     class Sick(CoOp):

@@ -33,21 +33,17 @@ METHODS = {
     if isinstance(c, type) and issubclass(c, PromptLearner) and c is not PromptLearner
     and c.__module__ == m.__name__
 }
-VARIANTS = dict(CoOp=[
-    dict(n_ctx=4, position='middle'),
-    dict(n_ctx=3, position='front'),
-    dict(n_ctx=2, csc=True),
-    dict(ctx_init='a photo of a')
-],
-                CoCoOp=[dict(n_ctx=2, ctx_init=None)],
-                ZeroShot=[dict(templates=['a photo of a {}.', '{}'])],
-                VPT=[dict(depth=1)],
-                IVLP=[dict(n_ctx=5, depth_text=1)],
-                MaPLe=[dict(depth=1, ctx_init=None)],
-                MuDPT=[dict(fusion='linear', n_ctx=5),
-                       dict(fusion='text_to_vision', depth=1)],
-                ProVP=[dict(n_visual=3, alpha=.5)],
-                ProVPRef=[dict(n_visual=3, weight=.1)])
+VARIANTS = dict(
+    CoOp=[dict(n_ctx=4, position='middle'), dict(n_ctx=3, position='front'),
+          dict(n_ctx=2, csc=True), dict(ctx_init='a photo of a')],
+    CoCoOp=[dict(n_ctx=2, ctx_init=None)],
+    ZeroShot=[dict(templates=['a photo of a {}.', '{}'])],
+    VPT=[dict(depth=1)],
+    IVLP=[dict(n_ctx=5, depth_text=1)],
+    MaPLe=[dict(depth=1, ctx_init=None)],
+    MuDPT=[dict(fusion='linear', n_ctx=5), dict(fusion='text_to_vision', depth=1)],
+    ProVP=[dict(n_visual=3, alpha=.5)],
+    ProVPRef=[dict(n_visual=3, weight=.1)])
 
 
 @pytest.mark.parametrize('name,hparams', [
@@ -68,9 +64,8 @@ def test_method(name, hparams):
 def test_methods_are_found():
     assert {'ZeroShot', 'BestTemplate', 'LinearProbe', 'CoOp'} <= METHODS.keys()
     assert VARIANTS.keys() <= METHODS.keys()
-    assert {m.cls.__name__
-            for m in importlib.import_module('clipprompt.report').METHODS.values()
-            } <= METHODS.keys()
+    listed = importlib.import_module('clipprompt.report').METHODS.values()
+    assert {m.cls.__name__ for m in listed} <= METHODS.keys()
 
 
 def test_every_check_has_a_promise():
@@ -209,8 +204,8 @@ class IgnoresTheSeed(Good):
 class TrainsWithFreshNoise(Good):
     def training_step(self, batch, optimizer):
         (g := torch.Generator()).seed()
-        return super().training_step(
-            tuple(x[torch.randperm(len(x), generator=g)[:6]] for x in batch), optimizer)
+        some = tuple(x[torch.randperm(len(x), generator=g)[:6]] for x in batch)
+        return super().training_step(some, optimizer)
 
 @breaks('logits')
 class Transposed(Good):
@@ -236,9 +231,8 @@ class NoiseOfItsOwn(Good):
     noise = torch.Generator().manual_seed(0)
 
     def image_features(self, images):
-        return F.normalize(
-            (f := super().image_features(images)) + .01*torch.randn(f.shape, generator=self.noise),
-            dim=-1)
+        f = super().image_features(images)
+        return F.normalize(f + .01*torch.randn(f.shape, generator=self.noise), dim=-1)
 
 @breaks('repeats')
 class RunningMean(Good):
@@ -281,8 +275,8 @@ class ReadsTheArgument(Good):
 @breaks('flags')
 class LearnsTheImageSideToo(Good):
     def image_features(self, images):
-        return F.normalize(
-            (f := super().image_features(images)) + self.ctx.tokens.mean()*f.flip(-1), dim=-1)
+        f = super().image_features(images)
+        return F.normalize(f + self.ctx.tokens.mean()*f.flip(-1), dim=-1)
 
 @breaks('flags')
 class ForgetsTheFlag(Good): learns_text = False
@@ -323,13 +317,12 @@ class SharesItsTokens(Good):
 @breaks('other classes')
 class StartsAnew(Good):
     def text_features(self):
-        return super().text_features() if len(self.classnames) in (4, 7) else self.frozen_text(
-            self.classnames)
+        if len(self.classnames) in (4, 7): return super().text_features()
+        return self.frozen_text(self.classnames)
     def for_classes(self, classnames):
-        return super().for_classes(classnames) if set(
-            classnames) <= {c.replace(' ', '_')
-                            for c in self.classnames} | set(self.classnames) else type(self)(
-                                self.backbone, classnames, **self.hparams)
+        known = {c.replace(' ', '_') for c in self.classnames} | set(self.classnames)
+        if set(classnames) <= known: return super().for_classes(classnames)
+        return type(self)(self.backbone, classnames, **self.hparams)
 
 @breaks('other classes')
 class CentresTheClasses(Good):
@@ -543,15 +536,13 @@ class Sampled(Good):
     def text_features(self): return None
     def logits(self, image_features, text_features=None):
         g = None if self.training else torch.Generator().manual_seed(0)
-        noise = .1*torch.randn(
-            3, 1, self.backbone.text_width, generator=g,
-            dtype=self.log_std.dtype)*self.log_std.exp()
+        noise = .1*torch.randn(3, 1, self.backbone.text_width, generator=g,
+                               dtype=self.log_std.dtype)*self.log_std.exp()
+        given = Given((self.ctx.tokens[0] + noise)[None, :, None])
         # [S, C, E]
-        t = F.normalize(self.text(self.sentences, Given((self.ctx.tokens[0] + noise)[None, :,
-                                                                                     None])),
-                        dim=-1)
-        return (self.backbone.logit_scale*
-                image_features @ t.mT).log_softmax(-1).logsumexp(0) - torch.tensor(3.).log()
+        t = F.normalize(self.text(self.sentences, given), dim=-1)
+        each = (self.backbone.logit_scale*image_features @ t.mT).log_softmax(-1)
+        return each.logsumexp(0) - torch.tensor(3.).log()
 
 class TwoPairs(Good):
     """Each side is compared with the other side's frozen features: the mean of two cosines is the

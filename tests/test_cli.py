@@ -30,8 +30,8 @@ COMMANDS = ['compare', 'train', 'evaluate', 'predict', 'info']
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-    return shapes(
-        tmp_path_factory.mktemp('data')/'my photos', ('disc', 'two_bars', 'Kreuz é', 'ring'))
+    return shapes(tmp_path_factory.mktemp('data')/'my photos',
+                  ('disc', 'two_bars', 'Kreuz é', 'ring'))
 
 
 @pytest.fixture(scope='module')
@@ -46,8 +46,8 @@ def results(folder):
 def in_percent(scores, n):
     "Shares of n pictures, times 100"
     hits = scores*n/100
-    assert (hits.round() - hits).abs().max() < .01 and scores.between(
-        0, 100).all() and scores.max() > 1, scores
+    assert (hits.round() - hits).abs().max() < .01, scores
+    assert scores.between(0, 100).all() and scores.max() > 1, scores
 
 
 # ---- compare -------------------------------------------------------------------------------------
@@ -125,9 +125,7 @@ def test_weights_that_nobody_would_read_are_refused(photos, prompts_of_picto, tm
                     ('train', photos, '--out', tmp_path/'p')):
         refused(*command, '--pretrained', 'openai', says=says)
     for command in (('evaluate', prompts_of_picto, photos), ('predict', prompts_of_picto, photos)):
-        refused(*command,
-                '--pretrained',
-                'openai',
+        refused(*command, '--pretrained', 'openai',
                 says=['prompts was trained on picto-clip', *says])
     assert not (tmp_path/'p').exists() and not list(tmp_path.glob('out/records/*'))
 
@@ -140,9 +138,8 @@ def prompts_of_picto(photos, tmp_path):
 
 def test_one_name_for_data_in_all_commands(photos, tmp_path):
     "DOMAIN, NAME/DOMAIN and TABLE/DOMAIN, where compare takes them, train and evaluate do"
-    rows = [
-        f'{p},{p.parent.name},{"ab"[i % 2]}' for i, p in enumerate(sorted(photos.glob('*/*.png')))
-    ]
+    files = sorted(photos.glob('*/*.png'))
+    rows = [f'{p},{p.parent.name},{"ab"[i % 2]}' for i, p in enumerate(files)]
     (tmp_path/'t.csv').write_text('\n'.join(['path,label,domain', *rows]))
     short = '--shots', 2, '--epochs', 1, '--out', tmp_path/'p'
     twice = lambda *forms: len({works('train', *f, *short).out for f in forms}) == 1
@@ -151,32 +148,18 @@ def test_one_name_for_data_in_all_commands(photos, tmp_path):
                  [tmp_path/'t.csv'/'b', '--sources', 'a'])
     assert '12 test pictures' in works('train', tmp_path/'t.csv'/'b', '--sources', 'rest',
                                        *short).out
-    assert len({
-        works('evaluate', tmp_path/'p', *f).out
-        for f in (['edges'], ['pictograms/edges'], ['pictograms', '--task', 'edges'])
-    }) == 1
+    forms = ['edges'], ['pictograms/edges'], ['pictograms', '--task', 'edges']
+    assert len({works('evaluate', tmp_path/'p', *f).out for f in forms}) == 1
     refused('train', 'edges', '--task', 'icons', says=["'edges' names a domain already", '--task'])
     refused('train', tmp_path/'t.csv'/'c', says=["'c'", 'a, b'])
-    refused('evaluate',
-            tmp_path/'p',
-            'nofolder',
+    refused('evaluate', tmp_path/'p', 'nofolder',
             says=["unknown data 'nofolder'", 'no such folder'])
     refused('compare', '--task', 'nofolder', says=["unknown data 'nofolder'", 'no such folder'])
 
 
 def test_a_wrong_select_is_refused_where_nothing_is_trained(photos, tmp_path):
-    refused('compare',
-            '--task',
-            photos,
-            '--methods',
-            'zero-shot',
-            '--shots',
-            '1',
-            '--select',
-            'frist',
-            '--out',
-            tmp_path,
-            says=["unknown select 'frist'", 'best_on_test'])
+    refused('compare', '--task', photos, '--methods', 'zero-shot', '--shots', '1',
+            '--select', 'frist', '--out', tmp_path, says=["unknown select 'frist'", 'best_on_test'])
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no such modes')
@@ -201,17 +184,9 @@ def test_few_shot_curve(photos, tmp_path):
 @pytest.fixture
 def pretended(monkeypatch):
     "Runs that take no time"
-    row = lambda m, b, d, k, seed, *a, **kw: dict(method=m.name,
-                                                  protocol='base-to-new',
-                                                  task=d.task,
-                                                  shots=k,
-                                                  seed=seed,
-                                                  base=50. + seed,
-                                                  new=40. - seed,
-                                                  h=44.4,
-                                                  accuracy=np.nan,
-                                                  seconds=100.,
-                                                  trainable=20480)
+    row = lambda m, b, d, k, seed, *a, **kw: dict(
+        method=m.name, protocol='base-to-new', task=d.task, shots=k, seed=seed, base=50. + seed,
+        new=40. - seed, h=44.4, accuracy=np.nan, seconds=100., trainable=20480)
     monkeypatch.setitem(protocols.PROTOCOLS, 'base-to-new', row)
 
 
@@ -270,9 +245,12 @@ def test_only_what_is_missing_runs(photos, tmp_path, monkeypatch):
     """Another seed, another picture, another budget is another run; rows of other comparisons stay
     in the file, out of the table"""
     ran, run = [], protocols.PROTOCOLS['few-shot']
-    monkeypatch.setitem(
-        protocols.PROTOCOLS, 'few-shot', lambda m, b, d, k, seed, *args, **kwargs: ran.append(
-            (m.name, seed)) or run(m, b, d, k, seed, *args, **kwargs))
+
+    def noted(m, b, d, k, seed, *args, **kwargs):
+        ran.append((m.name, seed))
+        return run(m, b, d, k, seed, *args, **kwargs)
+
+    monkeypatch.setitem(protocols.PROTOCOLS, 'few-shot', noted)
     own = shapes(tmp_path/'own')
 
     def again(*args):
@@ -298,25 +276,9 @@ def test_only_what_is_missing_runs(photos, tmp_path, monkeypatch):
 @pytest.mark.parametrize('text', ['', 'method,seed\ncoop,1\n', '\0\0,"'])
 def test_a_strange_results_file_is_not_overwritten(photos, tmp_path, text):
     (tmp_path/'results.csv').write_text(text)
-    refused('compare',
-            '--task',
-            photos,
-            '--methods',
-            'zero-shot',
-            '--shots',
-            '1',
-            '--out',
-            tmp_path,
-            says=['results.csv', 'move it away or choose another folder'])
-    refused('sweep',
-            '--task',
-            photos,
-            '--methods',
-            'zero-shot',
-            '--shots',
-            '1',
-            '--out',
-            tmp_path,
+    refused('compare', '--task', photos, '--methods', 'zero-shot', '--shots', '1',
+            '--out', tmp_path, says=['results.csv', 'move it away or choose another folder'])
+    refused('sweep', '--task', photos, '--methods', 'zero-shot', '--shots', '1', '--out', tmp_path,
             says=['results.csv', 'move it away or choose another folder'])
     assert (tmp_path/'results.csv').read_text() == text and not list(tmp_path.glob('records/*'))
 
@@ -332,9 +294,8 @@ def test_transfer_and_unseen_domains(tmp_path, monkeypatch):
     assert rows.protocol.tolist() == ['cross', 'domain', 'domain']
     assert rows.shots.tolist() == [1, 4, 4]
     assert rows.task.tolist() == ['icons', 'icons', 'edges']
-    in_percent(rows.accuracy[:1],
-               len(load_dataset('emoji').test)), in_percent(rows.source[:1],
-                                                            len(load_dataset().test))
+    in_percent(rows.accuracy[:1], len(load_dataset('emoji').test))
+    in_percent(rows.source[:1], len(load_dataset().test))
     assert rows.source[0] == rows.accuracy[1] and rows.source[1:].isna().all()
     for args, says in ((('--protocol', 'domain', '--task', 'styles'), ["not 'styles'"]),
                        (('--protocol', 'cross', '--task', 'emoji'), ['no second data set'])):
@@ -344,19 +305,13 @@ def test_transfer_and_unseen_domains(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
 def test_a_real_ctrl_c(photos, tmp_path):
     "SIGINT in the middle of training, in a process of its own"
-    args = [
-        'compare', '--task',
-        str(photos), '--methods', 'zero-shot,coop', '--protocol', 'few-shot', '--shots', '2',
-        '--seeds', '1', '--epochs', '100000', '--out',
-        str(tmp_path)
-    ]
+    args = ['compare', '--task', str(photos), '--methods', 'zero-shot,coop', '--protocol',
+            'few-shot', '--shots', '2', '--seeds', '1', '--epochs', '100000', '--out',
+            str(tmp_path)]
     p = subprocess.Popen(
         [sys.executable, '-c', 'from clipprompt.cli import main; main()', *args],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        # a job in the background starts with SIGINT
-        # ignored
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        # a job in the background starts with SIGINT ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         seen = ''
@@ -401,8 +356,8 @@ def test_predict(trained, photos, picto):
     with torch.no_grad():
         p = learner(torch.stack([test_transform(picto)(Image.open(f)) for f in files])).softmax(-1)
     for line, f, row in zip(lines, files, p, strict=True):
-        expect = ', '.join(
-            f'{learner.classnames[i]} {100*row[i]:.1f} %' for i in row.argsort(descending=True))
+        expect = ', '.join(f'{learner.classnames[i]} {100*row[i]:.1f} %'
+                           for i in row.argsort(descending=True))
         assert line == f'{f}: {expect}'
     if method == 'linear-probe':
         assert [learner.classnames[i] for i in p.argmax(-1)] == ['disc', 'Kreuz é']
@@ -411,10 +366,9 @@ def test_predict(trained, photos, picto):
 def test_predict_other_classes_and_top(trained, photos):
     method, path, _ = trained
     if not METHODS[method].cls.transfers: pytest.skip('belongs to its classes')
-    names = re.findall(
-        r'(\w[\w ]*) [\d.]+ %',
-        works('predict', path, photos/'disc'/'0.png', '--classes', ' cat,guide_dog, eel', '--top',
-              2).out.split(': ', 1)[1])
+    said = works('predict', path, photos/'disc'/'0.png', '--classes', ' cat,guide_dog, eel',
+                 '--top', 2).out
+    names = re.findall(r'(\w[\w ]*) [\d.]+ %', said.split(': ', 1)[1])
     assert len(names) == 2 and set(names) < {'cat', 'guide dog', 'eel'}
 
 
@@ -452,20 +406,16 @@ def test_batches_change_nothing(method, photos, tmp_path):
     (tmp_path/'broken.png').write_text('x')
 
     def read(batch):
-        return json.loads(
-            works('predict', tmp_path/'p', photos/'disc', tmp_path/'broken.png', photos/'ring',
-                  '--batch', batch, '--top', 4, '--format', 'json', '--skip-broken').out)
+        r = works('predict', tmp_path/'p', photos/'disc', tmp_path/'broken.png', photos/'ring',
+                  '--batch', batch, '--top', 4, '--format', 'json', '--skip-broken')
+        return json.loads(r.out)
     one = read(1)
     assert len(one['images']) == 12 and len(one['errors']) == 1
     for many in map(read, (5, 7, 100)):
         assert many['errors'] == one['errors']
         assert [i['image'] for i in many['images']] == [i['image'] for i in one['images']]
-        p = lambda r: torch.tensor(
-            [[next(t['probability']
-                   for t in i['top']
-                   if t['class'] == c)
-              for c in r['classes']]
-             for i in r['images']])
+        p = lambda r: torch.tensor([[next(t['probability'] for t in i['top'] if t['class'] == c)
+                                     for c in r['classes']] for i in r['images']])
         assert (p(many) - p(one)).abs().max() < 5e-6
 
 
@@ -473,8 +423,8 @@ def test_json_and_csv(coop, photos, picto, tmp_path):
     "The same numbers in all three forms, on standard output and in a file"
     (tmp_path/'in').mkdir()
     strange = tmp_path/'in'/'b, "é".png'
-    strange.write_bytes(
-        (photos/'disc'/'0.png').read_bytes()), (tmp_path/'in'/'a.png').write_text('x')
+    strange.write_bytes((photos/'disc'/'0.png').read_bytes())
+    (tmp_path/'in'/'a.png').write_text('x')
     args = ('predict', coop, tmp_path/'in', photos/'ring'/'0.png', '--top', 2, '--skip-broken')
     said = json.loads(works(*args, '--format', 'json').out)
     assert said['method'] == 'coop'
@@ -488,20 +438,17 @@ def test_json_and_csv(coop, photos, picto, tmp_path):
     table = pd.read_csv(io.StringIO(works(*args, '--format', 'csv').out))
     assert list(table) == ['image', 'rank', 'class', 'probability']
     assert table['rank'].tolist() == [1, 2, 1, 2]
-    assert [tuple(r) for r in table[['image', 'class', 'probability']].itertuples(index=False)] == [
-        (i['image'], t['class'], t['probability']) for i in said['images'] for t in i['top']
-    ]
+    listed = table[['image', 'class', 'probability']].itertuples(index=False)
+    assert [tuple(r) for r in listed] == [(i['image'], t['class'], t['probability'])
+                                          for i in said['images'] for t in i['top']]
     lines = works(*args).out.splitlines()
-    assert lines == [
-        f"{i['image']}: " + ', '.join(f"{t['class']} {100*t['probability']:.1f} %"
-                                      for t in i['top'])
-        for i in said['images']
-    ]
+    best = lambda i: ', '.join(f"{t['class']} {100*t['probability']:.1f} %" for t in i['top'])
+    assert lines == [f"{i['image']}: {best(i)}" for i in said['images']]
     for form in ('json', 'csv', 'text'):
         r = works(*args, '--format', form, '--out', tmp_path/'new'/f'out.{form}')
         assert '2 of 3 images' in r.out
-        assert (tmp_path/'new'/f'out.{form}').read_text(encoding='utf-8') == works(
-            *args, '--format', form).out
+        written = (tmp_path/'new'/f'out.{form}').read_text(encoding='utf-8')
+        assert written == works(*args, '--format', form).out
     assert sorted(p.name for p in (tmp_path/'new').iterdir()) == ['out.csv', 'out.json', 'out.text']
 
 def picto_names(path): return read_prompts(path)[0]['classnames']
@@ -509,15 +456,8 @@ def picto_names(path): return read_prompts(path)[0]['classnames']
 
 def test_an_error_leaves_the_old_file(coop, photos, tmp_path):
     (tmp_path/'out.json').write_text('old'), (tmp_path/'broken.png').write_text('x')
-    refused('predict',
-            coop,
-            photos,
-            tmp_path/'broken.png',
-            '--format',
-            'json',
-            '--out',
-            tmp_path/'out.json',
-            says=['broken.png'])
+    refused('predict', coop, photos, tmp_path/'broken.png', '--format', 'json',
+            '--out', tmp_path/'out.json', says=['broken.png'])
     assert (tmp_path/'out.json').read_text() == 'old'
 
 
@@ -526,9 +466,8 @@ def test_an_error_leaves_the_old_file(coop, photos, tmp_path):
 def test_class_names_from_a_file(coop, photos, tmp_path, text):
     (tmp_path/'names').write_bytes(text.encode())
     image = photos/'disc'/'0.png'
-    assert works('predict', coop, image, '--classes',
-                 tmp_path/'names').out == works('predict', coop, image, '--classes',
-                                                'cat,guide dog,eel').out
+    predict = lambda names: works('predict', coop, image, '--classes', names).out
+    assert predict(tmp_path/'names') == predict('cat,guide dog,eel')
     # in a file, commas belong to the name
     (tmp_path/'commas.txt').write_text('cat, black\ndog')
     assert 'cat, black ' in works('predict', coop, image, '--classes', tmp_path/'commas.txt').out
@@ -544,8 +483,8 @@ def test_own_folder_from_start_to_end(photos, tmp_path, monkeypatch):
     r = works('train', photos, '--method', 'linear-probe')
     assert accuracy(r) == 100 and '4 classes' in r.out and 'prompts.safetensors' in r.out
     lines = works('predict', 'prompts.safetensors', 'inbox', '--top', 1).out.splitlines()
-    assert [re.split(r': | [\d.]+ %', l)[:2] for l in lines] == [['inbox/0.png', 'disc'],
-                                                                 ['inbox/1.png', 'ring']]
+    assert [re.split(r': | [\d.]+ %', l)[:2] for l in lines] == [
+        ['inbox/0.png', 'disc'], ['inbox/1.png', 'ring']]
     r = works('evaluate', 'prompts.safetensors', photos, '--per-class')
     assert accuracy(r) == 100 and '(8 of 8)' in r.out
     for name in ('disc', 'two bars', 'Kreuz é', 'ring'):
@@ -603,9 +542,7 @@ def test_predict_sees_what_training_saw(mode, photos, picto, tmp_path):
             elif mode == '16 bit': Image.fromarray(ink.astype(np.uint16)*257).save(path)
             elif mode == 'CMYK': grey.convert('CMYK').save(path.with_suffix('.tif'))
             else:
-                grey.save(path,
-                          format='GIF',
-                          save_all=True,
+                grey.save(path, format='GIF', save_all=True,
                           append_images=[Image.new('L', (32, 32))])
     data, clip = load_dataset(folder), picto
     seen = np.asarray(data.read(data.test[0])).astype(int)
@@ -631,13 +568,10 @@ def test_round_trip_on_the_shipped_pictures(tmp_path):
 
 def test_seed_and_checkpoint(photos, tmp_path):
     "Equal seeds, equal files; a finished checkpoint gives the same prompts without training"
-    train = lambda name, seed, *more: works('train', photos, '--shots', 2, '--epochs', 3, '--seed',
-                                            seed, '--out', tmp_path/name, *more)
-    train('a', 1), train('b',
-                         1), train('c',
-                                   2), train('d', 1, '--checkpoint',
-                                             tmp_path/'ck'), train('e', 1, '--checkpoint',
-                                                                   tmp_path/'ck')
+    train = lambda name, seed, *more: works(
+        'train', photos, '--shots', 2, '--epochs', 3, '--seed', seed, '--out', tmp_path/name, *more)
+    for name, seed in dict(a=1, b=1, c=2).items(): train(name, seed)
+    for name in 'de': train(name, 1, '--checkpoint', tmp_path/'ck')
     tokens = {n: read_prompts(tmp_path/n)[1]['ctx.tokens'] for n in 'abcde'}
     assert all(torch.equal(tokens['a'], tokens[n]) for n in 'bde')
     assert not torch.equal(tokens['a'], tokens['c'])

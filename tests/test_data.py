@@ -25,15 +25,13 @@ from clipprompt.data import (DOMAINS, ENSEMBLE, PICTOGRAM_TEMPLATES, TASKS, TEMP
                              DataNotFound, DataSet, Item, edge_map, load_dataset, pixelate,
                              rotate90, test_transform, to_rgb, train_transform)
 
-CLIP = SimpleNamespace(image_size=32,
-                       mean=(.48, .46, .41),
-                       std=(.27, .26, .28),
+CLIP = SimpleNamespace(image_size=32, mean=(.48, .46, .41), std=(.27, .26, .28),
                        interpolation='bicubic')
 
 
 def picture(seed=0, size=(20, 20)):
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 def fill(folder, n=6, ending='png', start=0):
@@ -225,9 +223,7 @@ def test_shipped_tasks(name, task):
 
 def test_pictograms_protocol(pictograms):
     for label in range(len(pictograms.classnames)):
-        train, test = ([i
-                        for i in s
-                        if i.label == label]
+        train, test = ([i for i in s if i.label == label]
                        for s in (pictograms.train, pictograms.test))
         assert len(train) >= 16
         assert len(test) >= 8
@@ -237,8 +233,8 @@ def test_pictograms_protocol(pictograms):
     assert icons.train == pictograms.train == styles.train
     assert not {i.path for i in styles.test} & {i.path for i in icons.test}
     assert not set(load_dataset('emoji').classnames) & set(icons.classnames)
-    assert DOMAINS['pixels'](icons.read(icons.test[0])).tobytes() == pictograms.read(
-        pictograms.test[0]).tobytes()
+    pixels = DOMAINS['pixels'](icons.read(icons.test[0]))
+    assert pixels.tobytes() == pictograms.read(pictograms.test[0]).tobytes()
 
 
 def test_pictures_feed_a_loader(pictograms):
@@ -275,11 +271,9 @@ def test_fingerprints(pictograms, folder, tmp_path):
     assert prints[0] == load_dataset().fingerprint
     assert prints[4] == pictograms.few_shot(1, 1).fingerprint
     t = test_transform(CLIP)
-    assert pictograms.pictures('test',
-                               t).fingerprint == pictograms.few_shot(2).pictures('test',
-                                                                                 t).fingerprint
-    assert pictograms.pictures('test', t).fingerprint != pictograms.pictures(
-        'test', train_transform(CLIP)).fingerprint
+    of_test = lambda d, t: d.pictures('test', t).fingerprint
+    assert of_test(pictograms, t) == of_test(pictograms.few_shot(2), t)
+    assert of_test(pictograms, t) != of_test(pictograms, train_transform(CLIP))
     before = load_dataset(folder).fingerprint
     os.renames(folder, tmp_path/'elsewhere'/'pets')
     assert load_dataset(tmp_path/'elsewhere'/'pets').fingerprint == before
@@ -295,8 +289,8 @@ def shelf(tmp_path):
             for c in ('null', 'bell')
             for f, s in (('a', 'train'), ('b', 'test'))
             for i in range(3)]
-    pd.DataFrame(rows, columns='file class split part set family style'.split()).to_csv(
-        tmp_path/'pictograms.csv', index=False)
+    frame = pd.DataFrame(rows, columns='file class split part set family style'.split())
+    frame.to_csv(tmp_path/'pictograms.csv', index=False)
     with zipfile.ZipFile(tmp_path/'pictograms.zip', 'w') as z:
         for i, r in enumerate(rows):
             with z.open(r[0], 'w') as f: picture(i).save(f, 'PNG')
@@ -349,8 +343,8 @@ def test_flat_folder(folder):
     assert data.crop_scale == (.08, 1.) and data.flip
     image, label = data.pictures('train', train_transform(CLIP))[0]
     assert image.shape == (3, 32, 32) and label == 0
-    assert load_dataset(str(folder)).fingerprint == data.fingerprint == load_dataset(
-        'pets', root=folder.parent).fingerprint
+    assert load_dataset(str(folder)).fingerprint == data.fingerprint
+    assert load_dataset('pets', root=folder.parent).fingerprint == data.fingerprint
 
 
 def test_relative_folder_survives_a_change_of_directory(folder, monkeypatch):
@@ -418,17 +412,17 @@ def test_missing_folder(tmp_path):
     with pytest.raises(DataNotFound): load_dataset('gone', root=tmp_path)
 
 
-@pytest.mark.parametrize('name,near', [('pictogram', 'pictograms'), ('Emoji', 'emoji'),
-                                       ('zzz', None)])
+@pytest.mark.parametrize('name,near', [
+    ('pictogram', 'pictograms'), ('Emoji', 'emoji'), ('zzz', None)])
 def test_unknown_name(name, near):
     with pytest.raises(ValueError) as e: load_dataset(name)
     message = one_line(e, name, 'pictograms, emoji', 'folder')
     assert (f"did you mean '{near}'" in message) if near else 'did you mean' not in message
 
 
-@pytest.mark.parametrize('args,near', [(('pictograms', 'pixel'), 'pixels'),
-                                       (('pictograms', 'edge'), 'edges'),
-                                       (('emoji', 'rotate'), 'rotated')])
+@pytest.mark.parametrize('args,near', [
+    (('pictograms', 'pixel'), 'pixels'), (('pictograms', 'edge'), 'edges'),
+    (('emoji', 'rotate'), 'rotated')])
 def test_unknown_task(args, near):
     with pytest.raises(DataError) as e: load_dataset(*args)
     one_line(e, f"did you mean '{near}'", 'icons, edges, pixels, rotated')
@@ -446,10 +440,8 @@ def test_a_file_is_not_a_folder(folder):
 
 
 @pytest.mark.parametrize('make', [
-    lambda p: None, lambda p: (p/'cat').mkdir(), lambda p: fill(p), lambda p: (fill(p/'train'),
-                                                                               (p/'test').mkdir())
-],
-                         ids='empty noimages flat trainflat'.split())
+    lambda p: None, lambda p: (p/'cat').mkdir(), lambda p: fill(p),
+    lambda p: (fill(p/'train'), (p/'test').mkdir())], ids='empty noimages flat trainflat'.split())
 def test_folder_without_images(tmp_path, make):
     make(tmp_path)
     with pytest.raises(DataError) as e: load_dataset(tmp_path)
@@ -506,9 +498,9 @@ def break_(path, how):
     else: path.write_bytes(path.read_bytes()[:path.stat().st_size//2])
 
 
-@pytest.mark.parametrize('ending,how', [('png', 'empty'), ('png', 'text'), ('png', 'bit'),
-                                        ('png', 'cut'), ('jpg', 'empty'), ('jpg', 'text'),
-                                        ('jpg', 'cut'), ('bmp', 'cut')])
+@pytest.mark.parametrize('ending,how', [
+    ('png', 'empty'), ('png', 'text'), ('png', 'bit'), ('png', 'cut'), ('jpg', 'empty'),
+    ('jpg', 'text'), ('jpg', 'cut'), ('bmp', 'cut')])
 def test_unreadable_image_is_named_and_the_rest_usable(tmp_path, ending, how):
     for c in 'ab': fill(tmp_path/c, 6, ending)
     break_(tmp_path/'a'/f'01.{ending}', how)
@@ -580,12 +572,9 @@ def halves(mode='RGB', left='red', right='blue'):
 @pytest.mark.parametrize('format', ['JPEG', 'PNG', 'TIFF', 'WEBP'])
 def test_upright(turn, format):
     "All eight notes of EXIF, undone by hand"
-    undo = {
-        2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180],
-        4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE],
-        6: [Image.Transpose.ROTATE_270], 7: [Image.Transpose.TRANSVERSE],
-        8: [Image.Transpose.ROTATE_90]
-    }.get(turn, [])
+    T = Image.Transpose
+    undo = {2: [T.FLIP_LEFT_RIGHT], 3: [T.ROTATE_180], 4: [T.FLIP_TOP_BOTTOM], 5: [T.TRANSPOSE],
+            6: [T.ROTATE_270], 7: [T.TRANSVERSE], 8: [T.ROTATE_90]}.get(turn, [])
     note, source = Image.Exif(), picture(size=(16, 8))
     note[0x0112] = turn
     image = stored(source, format, exif=note, **(dict(lossless=True) if format == 'WEBP' else {}))
@@ -597,15 +586,16 @@ def test_upright(turn, format):
 
 @pytest.mark.filterwarnings('ignore:Corrupt EXIF')
 def test_a_broken_note_is_no_reason_to_refuse():
-    image = Image.open(
-        BytesIO(b'\xff\xd8\xff\xe1\x00\x10Exif\0\0II*\0\xff\xff\xff\xff' +
-                (lambda b: (halves().save(b, 'JPEG'), b.getvalue())[1])(BytesIO())[2:]))
+    file = BytesIO()
+    halves().save(file, 'JPEG')
+    note = b'\xff\xe1\x00\x10Exif\0\0II*\0\xff\xff\xff\xff'
+    image = Image.open(BytesIO(b'\xff\xd8' + note + file.getvalue()[2:]))
     assert to_rgb(image).size == (8, 4)
 
 
 def test_to_rgb_by_hand():
-    near = lambda image, at, colour, by=6: np.abs(
-        np.array(to_rgb(image).getpixel(at), int) - colour).max() <= by
+    def near(image, at, colour, by=6):
+        return np.abs(np.array(to_rgb(image).getpixel(at), int) - colour).max() <= by
     cmyk = stored(halves('CMYK'), 'JPEG', quality=100)
     assert cmyk.mode == 'CMYK'
     assert near(cmyk, (1, 1), (255, 0, 0), 12)
@@ -625,9 +615,9 @@ def test_to_rgb_by_hand():
     assert near(stored(halves('1', 'black', 'white'), 'PNG'), (7, 0), (255,)*3, 0)
 
 
-@pytest.mark.parametrize('image,says', [(Image.fromarray(np.ones((4, 4), np.float32)), 'fractions'),
-                                        (Image.fromarray(np.full(
-                                            (4, 4), 70_000, np.int32)), '32 bits')])
+@pytest.mark.parametrize('image,says', [
+    (Image.fromarray(np.ones((4, 4), np.float32)), 'fractions'),
+    (Image.fromarray(np.full((4, 4), 70_000, np.int32)), '32 bits')])
 def test_pixels_whose_scale_nobody_knows(folder, image, says):
     image.save(folder/'cat'/'00.tiff')
     with pytest.raises(DataError) as e: load_dataset(folder)
@@ -640,13 +630,11 @@ def test_of_an_animation_the_first_frame(tmp_path, format):
     for c in 'ab':
         (tmp_path/c).mkdir()
         for i in range(3):
-            frames[0].save(tmp_path/c/f'{i}.{format.lower()}',
-                           format,
-                           save_all=True,
+            frames[0].save(tmp_path/c/f'{i}.{format.lower()}', format, save_all=True,
                            append_images=frames[1:])
     # a table may name any file that PIL reads
-    text = '\n'.join(
-        ['path,label', *(f'{c}/{i}.{format.lower()},{c}' for c in 'ab' for i in range(3))])
+    rows = [f'{c}/{i}.{format.lower()},{c}' for c in 'ab' for i in range(3)]
+    text = '\n'.join(['path,label', *rows])
     (tmp_path/'t.csv').write_text(text)
     data = load_dataset(tmp_path)
     r, g, b = data.read(data.test[0]).getpixel((4, 4))
@@ -689,8 +677,8 @@ def test_origin_and_split_of_folders(folder, monkeypatch):
     assert load_dataset(**data.few_shot(1).origin).fingerprint == data.fingerprint
     (folder/'cat'/'00.png').write_text('x')
     with pytest.warns(UserWarning):
-        assert load_dataset(folder, skip_broken=True).origin == dict(name=str(folder),
-                                                                     skip_broken=True)
+        origin = load_dataset(folder, skip_broken=True).origin
+    assert origin == dict(name=str(folder), skip_broken=True)
 
 
 def test_three_parts(tmp_path):
@@ -723,8 +711,8 @@ def test_names_in_words(folder, write):
         'path,label',
         *(f'{c}/{i:02d}.png,{c}' for c in ('cat', 'guide_dog', 'eel') for i in range(4))
     ]))
-    assert load_dataset(folder).classnames == load_dataset(
-        folder/'t.csv').classnames == ['tabby cat', 'eel', 'dog, for the blind']
+    for source in (folder, folder/'t.csv'):
+        assert load_dataset(source).classnames == ['tabby cat', 'eel', 'dog, for the blind']
 
 
 @pytest.mark.parametrize('file,content,says',
@@ -813,8 +801,8 @@ def test_table_with_domains(folder):
     assert out.split == 'tested on south, trained on north'
     assert out.origin == alone.origin | dict(sources='rest')
     for d in (alone, out):
-        assert load_dataset(**d.origin).fingerprint == d.fingerprint and json.loads(
-            json.dumps(d.origin)) == d.origin
+        assert load_dataset(**d.origin).fingerprint == d.fingerprint
+        assert json.loads(json.dumps(d.origin)) == d.origin
     assert out.pictures('test', test_transform(CLIP)).domains.tolist() == [1]*6
     image, label = out.few_shot(1).pictures('train', test_transform(CLIP))[0]
     assert image.shape == (3, 32, 32)
@@ -822,12 +810,10 @@ def test_table_with_domains(folder):
 
 def test_shots_from_each_domain_of_a_table(folder):
     rows = [f'{r},{"abc"[i % 3]},{"test" if i % 6 > 2 else "train"}' for i, r in enumerate(ROWS)]
-    data = load_dataset(table(folder, rows, 'path,label,domain,split'),
-                        task='a',
+    data = load_dataset(table(folder, rows, 'path,label,domain,split'), task='a',
                         sources=['c', 'b'])
-    assert Counter((i.domain, i.label) for i in data.few_shot(1).train) == {(d, l): 1
-                                                                            for d in 'bc'
-                                                                            for l in range(3)}
+    shots = Counter((i.domain, i.label) for i in data.few_shot(1).train)
+    assert shots == {(d, l): 1 for d in 'bc' for l in range(3)}
     assert {i.domain for i in data.test} == {'a'}
     assert len(data.test) == 3
     assert data.origin['sources'] == ['c', 'b']
@@ -949,8 +935,7 @@ def pool(tmp_path_factory):
     return root
 
 POOL = [f'{c}/{i:02d}.png' for c in 'ab' for i in range(6)]
-quick = settings(max_examples=40,
-                 deadline=None,
+quick = settings(max_examples=40, deadline=None,
                  suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAMES = st.text('xyz é,"_', min_size=1,
                 max_size=5).filter(lambda n: n.strip() == n and n.replace('_', ' ').strip())
@@ -961,25 +946,21 @@ def write(path, rows):
     return path
 
 @quick
-@given(names=st.lists(NAMES,
-                      min_size=2,
-                      max_size=3,
+@given(names=st.lists(NAMES, min_size=2, max_size=3,
                       unique_by=lambda n: ' '.join(n.replace('_', ' ').split())),
        order=st.permutations(POOL),
        data=st.data())
 def test_valid_tables_load_as_written(pool, names, order, data):
-    labels = [*names, *names] + data.draw(
-        st.lists(st.sampled_from(names), min_size=12 - 2*len(names), max_size=12 - 2*len(names)))
-    splits = ['train']*len(names) + ['test']*len(names) + data.draw(
-        st.lists(st.sampled_from(['train', 'val', 'test']),
-                 min_size=12 - 2*len(names),
-                 max_size=12 - 2*len(names)))
+    n = 12 - 2*len(names)
+    some = lambda values: data.draw(st.lists(st.sampled_from(values), min_size=n, max_size=n))
+    labels = [*names, *names] + some(names)
+    splits = ['train']*len(names) + ['test']*len(names) + some(['train', 'val', 'test'])
     rows = [*zip(order, labels, splits)]
     loaded = load_dataset(write(pool/'t.csv', [('path', 'label', 'split'), *rows]))
     assert loaded.classnames == [' '.join(n.replace('_', ' ').split()) for n in sorted(names)]
     for part in ('train', 'val', 'test'):
-        assert [(i.path, i.label) for i in getattr(loaded, part)
-                ] == [(str(pool/p), sorted(names).index(l)) for p, l, s in rows if s == part]
+        listed = [(i.path, i.label) for i in getattr(loaded, part)]
+        assert listed == [(str(pool/p), sorted(names).index(l)) for p, l, s in rows if s == part]
 
 @quick
 @given(rows=st.lists(st.lists(st.sampled_from(

@@ -29,22 +29,20 @@ def test_every_method_has_a_look_of_its_own():
     assert colour('somebody-elses') == '#404040' and marker('somebody-elses') == 'o'
 
 
-@pytest.mark.parametrize('value, digits, text', [(12345, 1, '12,345'), (1.25, 1, '1.2'),
-                                                 (-0.04, 2, '-0.04'), (float('nan'), 1, '–'),
-                                                 (None, 1, '–'), (True, 1, 'yes'),
-                                                 (np.float32(2.5), 0, '2'), (np.int64(7), 3, '7'),
-                                                 ('1.0 ± 0.2', 1, '1.0\u00a0±\u00a00.2'),
-                                                 ('a|b', 1, 'a\\|b'), ((1, 2), 1, '(1, 2)')])
+@pytest.mark.parametrize('value, digits, text', [
+    (12345, 1, '12,345'), (1.25, 1, '1.2'), (-0.04, 2, '-0.04'), (float('nan'), 1, '–'),
+    (None, 1, '–'), (True, 1, 'yes'), (np.float32(2.5), 0, '2'), (np.int64(7), 3, '7'),
+    ('1.0 ± 0.2', 1, '1.0\u00a0±\u00a00.2'), ('a|b', 1, 'a\\|b'), ((1, 2), 1, '(1, 2)')])
 def test_cells(value, digits, text): assert cell(value, digits) == text
 
 
 def test_tables():
     frame = pd.DataFrame({'lr': [.002], 'n': [1000], 'what': ['x']},
                          index=pd.Index(['coop'], name='method'))
-    assert rows(Table(frame,
-                      digits={'lr': 4})) == [['method', 'lr', 'n', 'what'],
-                                             [':---------', '-------:', '------:', ':-------'],
-                                             ['coop', '0.0020', '1,000', 'x']]
+    assert rows(Table(frame, digits={'lr': 4})) == [
+        ['method', 'lr', 'n', 'what'],
+        [':---------', '-------:', '------:', ':-------'],
+        ['coop', '0.0020', '1,000', 'x']]
     two = pd.DataFrame([[1., 2.]],
                        columns=pd.MultiIndex.from_tuples([('icons', 'base'), ('icons', 'new')]))
     # no counter, levels in a line
@@ -85,14 +83,14 @@ def test_pages_of_reference_are_up_to_date():
     sys.path.insert(0, str(ROOT/'tools'))
     import reference
     for name, page in dict(api=reference.api(), cli=reference.cli()).items():
-        assert (ROOT/'site'/
-                f'{name}.qmd').read_text(encoding='utf-8') == page, 'run tools/reference.py'
+        file = ROOT/'site'/f'{name}.qmd'
+        assert file.read_text(encoding='utf-8') == page, 'run tools/reference.py'
     assert '`--task`' in page and '–task' not in page
 
 
 def test_help_and_manual_agree():
     shown = set(re.findall(r'--[a-z][a-z-]+', works('train', '--help').out)) - {'--help'}
-    manual = (ROOT/
-              'site/cli.qmd').read_text(encoding='utf-8').split('## train')[1].split('\n## ')[0]
-    assert len(shown) > 5 and shown <= set(re.findall(r'--[a-z][a-z-]+',
-                                                      manual)), 'run tools/reference.py'
+    manual = (ROOT/'site/cli.qmd').read_text(encoding='utf-8')
+    manual = manual.split('## train')[1].split('\n## ')[0]
+    told = set(re.findall(r'--[a-z][a-z-]+', manual))
+    assert len(shown) > 5 and shown <= told, 'run tools/reference.py'

@@ -85,9 +85,8 @@ class Literal(MetaPrompt):
 
     def classifier(self):
         t = self.frozen_text([t.replace('{}', c) for t in self.templates for c in self.given])
-        return torch.nn.functional.normalize(t.view(len(self.templates), len(self.given),
-                                                    -1).sum(0),
-                                             dim=-1)
+        total = t.view(len(self.templates), len(self.given), -1).sum(0)
+        return torch.nn.functional.normalize(total, dim=-1)
 
 
 def method_of(case): return json.loads((FOLDER/f'{case}.json').read_text())['method']
@@ -96,19 +95,14 @@ def learner_of(g):
     """The learner of a case, and where its recorded parameters lie; recorded ones without layers
     (depth 1) are left out"""
     cls, where = WHERE[g.json['method']]
-    init, hparams = {k.removeprefix('init.')
-                     for k in g.tensors
-                     if k.startswith('init.')}, dict(g.json['hparams'])
+    init = {k.removeprefix('init.') for k in g.tensors if k.startswith('init.')}
+    hparams = dict(g.json['hparams'])
     if cls is MuDPT:
-        hparams['fusion'], ours = FUSIONS[g.json['method']], {
-            't2v_shallow': 'shallow', 't2v_deep': 't2v', 'v2t_deep': 'v2t'
-        }
-        where = where | {
-            k: (f'{ours.get(map_, map_)}.{leaf}', ...)
-            for k in init
-            for map_, _, leaf in [k.partition('.')]
-            if leaf
-        }
+        hparams['fusion'] = FUSIONS[g.json['method']]
+        ours = dict(t2v_shallow='shallow', t2v_deep='t2v', v2t_deep='v2t')
+        apart = [(k, *k.partition('.')) for k in init]
+        where = where | {k: (f'{ours.get(map_, map_)}.{leaf}', ...)
+                         for k, map_, _, leaf in apart if leaf}
     if issubclass(cls, ProVP):
         hparams['templates'], weight = provp_template(hparams.pop('dataset')), hparams.pop('lambda')
         if cls is ProVPRef: hparams['weight'] = weight
@@ -129,8 +123,8 @@ def all_within(g, errors, dtype):
         'loss_trace': 'loss'
     }
     for k, e in errors.items():
-        limit = tolerance[kinds.get(
-            k.removeprefix('restore.').removeprefix('clean.').split('.')[0], 'logits')]
+        kind = k.removeprefix('restore.').removeprefix('clean.').split('.')[0]
+        limit = tolerance[kinds.get(kind, 'logits')]
         assert e <= limit, f'{k}: error {e:.1e} > {limit:.1e}'
 
 
@@ -140,8 +134,8 @@ def injected(g):
     def inject(learner, step):
         # [L, E or 1, d]
         if isinstance(learner, Variational):
-            learner.eps = g.tensors['eval.eps'][:, :, 0].transpose(
-                0, 1) if step is None else g.tensors['batch.eps'][step]
+            if step is None: learner.eps = g.tensors['eval.eps'][:, :, 0].transpose(0, 1)
+            else: learner.eps = g.tensors['batch.eps'][step]
         if 'class_groups' in g.json and step is not None:
             learner.groups = [torch.tensor(group) for group in g.json['class_groups'][step]]
     return inject
@@ -156,34 +150,30 @@ def at_the_start(g, learner, where):
     z = Classifier.image_features(learner, x)
     if isinstance(learner, Variational):
         mu, logvar = learner.posterior(z)
-        return g.error('mu_0', mu) | g.error('logvar_0', logvar) | g.error(
-            'sample_logits_0', learner.sample_logits(z))
+        errors = g.error('mu_0', mu) | g.error('logvar_0', logvar)
+        return errors | g.error('sample_logits_0', learner.sample_logits(z))
     if not isinstance(learner, MetaPrompt): return {}
     s = g.backbone.logit_scale
-    return g.error('logits_image_0',
-                   s*learner.prompted_image(x) @ learner.classifier().T) | g.error(
-                       'logits_text_0', s*z @ learner.prompted_text().T)
+    image = s*learner.prompted_image(x) @ learner.classifier().T
+    text = s*z @ learner.prompted_text().T
+    return g.error('logits_image_0', image) | g.error('logits_text_0', text)
 
 def other_modes(g, learner, where):
     """Errors of the modes that are recorded beside the reference's own, under names such as
     `expect.clean.loss_trace`"""
     errors = {}
     for mode in MODES if isinstance(learner, MetaPrompt) else ():
-        other, part = Literal(g.backbone, g.json['classnames'],
-                              **learner.hparams | dict(mode=mode)), Golden.__new__(Golden)
+        hparams = learner.hparams | dict(mode=mode)
+        other = Literal(g.backbone, g.json['classnames'], **hparams)
+        part = Golden.__new__(Golden)
         other.text = learner.text
-        tensors = {
-            k.replace(f'.{mode}.', '.'): v
-            for k, v in g.tensors.items()
-            if k.startswith((f'expect.{mode}.', 'batch.', 'eval.', 'init.'))
-        }
-        vars(part).update(
-            vars(g) | dict(tensors=tensors | {'expect.loss_0': g.tensors['expect.loss_0']}))
-        errors |= {
-            f'{mode}.{k}': e
-            for k, e in part.replay(other, where, injected(g)).items()
-            if k != 'loss_0'
-        }
+        told = f'expect.{mode}.', 'batch.', 'eval.', 'init.'
+        tensors = {k.replace(f'.{mode}.', '.'): v
+                   for k, v in g.tensors.items() if k.startswith(told)}
+        tensors['expect.loss_0'] = g.tensors['expect.loss_0']
+        vars(part).update(vars(g) | dict(tensors=tensors))
+        found = part.replay(other, where, injected(g))
+        errors |= {f'{mode}.{k}': e for k, e in found.items() if k != 'loss_0'}
     return errors
 
 
@@ -197,11 +187,12 @@ def test_golden(case, dtype, path):
     learner.text.checkpoint = path == 'checkpoint'
     learner.text.chunk = 2
     if 'tokens.prompt_ids' in g.tensors:  # the placeholder strings, tokenised as the reference did
-        ours = learner.sentences if g.json['hparams'].get('position', 'end') == 'end' else place(
-            g.backbone, g.json['classnames'], learner.sentences.slots.shape[1])
+        ours = learner.sentences
+        if g.json['hparams'].get('position', 'end') != 'end':
+            ours = place(g.backbone, g.json['classnames'], ours.slots.shape[1])
         assert torch.equal(ours.ids, g.tensors['tokens.prompt_ids'].long())
-    errors = at_the_start(g, learner, where) | other_modes(g, learner, where) | g.replay(
-        learner, where, injected(g))
+    errors = at_the_start(g, learner, where) | other_modes(g, learner, where)
+    errors |= g.replay(learner, where, injected(g))
     all_within(g, errors, dtype)
     left = {k.removeprefix('expect.') for k in g.tensors if k.startswith('expect.')} - set(errors)
     assert not left, f'recorded values that no test looked at: {sorted(left)}'
@@ -217,18 +208,15 @@ def test_golden_zero_shot(case, dtype):
     # the recorded sentences are ready made, all templates of a class together
     def scores(names, texts, images):
         first = names[0].replace('_', ' ')
-        return ZeroShot(g.backbone, names,
-                        [t.replace(first, '{}') for t in texts[:len(texts) // len(names)]])(images)
+        templates = [t.replace(first, '{}') for t in texts[:len(texts) // len(names)]]
+        return ZeroShot(g.backbone, names, templates)(images)
     J, images = g.json, g.tensors['eval.images'].to(dtype)
-    errors = g.error('logits_0', scores(
-        J['classnames'], J['fixed_texts'],
-        g.batch(0)[0])) | g.error('eval_logits', scores(J['classnames'], J['fixed_texts'], images))
+    errors = g.error('logits_0', scores(J['classnames'], J['fixed_texts'], g.batch(0)[0]))
+    errors |= g.error('eval_logits', scores(J['classnames'], J['fixed_texts'], images))
     errors |= g.error('new_class_logits', scores(J['new_classnames'], J['new_fixed_texts'], images))
     if 'ensemble_templates' in J['hparams']:
-        errors |= g.error(
-            'ensemble_logits_0',
-            ZeroShot(g.backbone, J['classnames'],
-                     J['hparams']['ensemble_templates'])(g.batch(0)[0]))
+        ensemble = ZeroShot(g.backbone, J['classnames'], J['hparams']['ensemble_templates'])
+        errors |= g.error('ensemble_logits_0', ensemble(g.batch(0)[0]))
     all_within(g, errors, dtype)
     assert {f'expect.{k}' for k in errors} == {k for k in g.tensors if k.startswith('expect.')}
 

@@ -35,8 +35,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, status, body=b'', **headers):
         if not isinstance(body, bytes):
-            body, headers = json.dumps(body).encode(), {'Content-Type': 'application/json'
-                                                        } | headers
+            headers = {'Content-Type': 'application/json'} | headers
+            body = json.dumps(body).encode()
         self.send_response(status)
         for k, v in {'Content-Length': len(body), **headers}.items():
             self.send_header(k.replace('_', '-'), str(v))
@@ -59,46 +59,34 @@ class Hub(BaseHTTPRequestHandler):
         if hub.status: return self.answer(hub.status, {'error': 'for the test'})
         if self.path == '/api/validate-yaml':
             bad = 'license: "none-of-them"' in json.loads(body)['content']
-            return self.answer(
-                400 if bad else 200, {
-                    'errors': [{'message': '"license" must be one of [mit]'}] if bad else [],
-                    'warnings': []
-                })
+            errors = [{'message': '"license" must be one of [mit]'}] if bad else []
+            return self.answer(400 if bad else 200, {'errors': errors, 'warnings': []})
         if self.headers.get('Authorization') != 'Bearer hf_right':
             return self.answer(401, {'error': 'Invalid username or password.'})
         if self.path == '/api/repos/create':
             repo = json.loads(body)
             name = f"{repo['organization']}/{repo['name']}"
             if name.startswith('foe/'):
-                return self.answer(403, {
-                    'error': "You don't have the rights to create a model under the namespace foe"
-                })
+                error = "You don't have the rights to create a model under the namespace foe"
+                return self.answer(403, {'error': error})
             if name in hub.repos:
-                return self.answer(
-                    409,
-                    {'url': f'{hub.url}/{name}', 'error': 'You already created this model repo'})
-            hub.repos[name] = dict(private=repo.get('visibility') == 'private'
-                                   or bool(repo.get('private')),
-                                   commits=[])
+                error = 'You already created this model repo'
+                return self.answer(409, {'url': f'{hub.url}/{name}', 'error': error})
+            private = repo.get('visibility') == 'private' or bool(repo.get('private'))
+            hub.repos[name] = dict(private=private, commits=[])
             return self.answer(200, {'url': f'{hub.url}/{name}', 'name': name, 'id': '1'})
         if m := re.fullmatch(r'/api/models/(.+?/.+?)/preupload/main', self.path):
-            return self.answer(
-                200, {
-                    'files': [{'path': f['path'], 'uploadMode': 'regular', 'shouldIgnore': False}
-                              for f in json.loads(body)['files']]
-                })
+            files = [{'path': f['path'], 'uploadMode': 'regular', 'shouldIgnore': False}
+                     for f in json.loads(body)['files']]
+            return self.answer(200, {'files': files})
         if m := re.fullmatch(r'/api/models/(.+?/.+?)/commit/main', self.path.split('?')[0]):
             lines = [json.loads(l) for l in body.splitlines()]
-            files = {
-                l['value']['path']: base64.b64decode(l['value']['content'])
-                for l in lines
-                if l['key'] == 'file'
-            }
+            files = {l['value']['path']: base64.b64decode(l['value']['content'])
+                     for l in lines if l['key'] == 'file'}
             oid = hashlib.sha1(body).hexdigest()
             hub.repos[m[1]]['commits'].append((oid, files))
-            return self.answer(
-                200,
-                {'commitUrl': f'{hub.url}/{m[1]}/commit/{oid}', 'commitOid': oid, 'success': True})
+            url = f'{hub.url}/{m[1]}/commit/{oid}'
+            return self.answer(200, {'commitUrl': url, 'commitOid': oid, 'success': True})
         self.refuse(404, 'RepoNotFound')
 
     def do_GET(self):
@@ -124,10 +112,8 @@ def point_to(monkeypatch, url):
     "What HF_ENDPOINT does in a new process"
     monkeypatch.setattr(constants, 'ENDPOINT', url)
     for module in (constants, file_download):
-        monkeypatch.setattr(module,
-                            'HUGGINGFACE_CO_URL_TEMPLATE',
-                            url + '/{repo_id}/resolve/{revision}/{filename}',
-                            raising=False)
+        monkeypatch.setattr(module, 'HUGGINGFACE_CO_URL_TEMPLATE',
+                            url + '/{repo_id}/resolve/{revision}/{filename}', raising=False)
 
 
 @pytest.fixture
@@ -179,9 +165,8 @@ def test_every_method(name, hub, clip):
     learner = METHODS[name].cls(clip, NAMES, **(METHODS[name].hparams or {}))
     again = load_prompts(learner.push_to_hub('ada/it'), clip)
     assert type(again) is type(learner)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(learner.state_dict().values(), again.state_dict().values(), strict=True))
+    pairs = zip(learner.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     assert name in hub.repos['ada/it']['commits'][0][1]['README.md'].decode()
 
 
@@ -230,9 +215,8 @@ def test_the_cache_serves_when_the_network_is_gone(hub, clip, monkeypatch):
 
 
 def put(hub, name, **files):
-    hub.repos[name] = dict(private=False,
-                           commits=[('0'*40, {k.replace('__', '.'): v
-                                              for k, v in files.items()})])
+    files = {k.replace('__', '.'): v for k, v in files.items()}
+    hub.repos[name] = dict(private=False, commits=[('0'*40, files)])
 
 @pytest.mark.parametrize('name,error,says', [
     ('hf://ada/gone', FileNotFoundError, ['no ada/gone', 'check the name', 'hf auth login']),
@@ -253,8 +237,7 @@ def test_what_is_not_there(hub, clip, tmp_path, name, error, says):
     put(hub, 'ada/gated'); hub.repos['ada/gated']['gated'] = True
     save_file({'a': torch.zeros(1)}, tmp_path/'f')
     put(hub, 'ada/foreign', prompts__safetensors=(tmp_path/'f').read_bytes())
-    put(hub,
-        'ada/damaged',
+    put(hub, 'ada/damaged',
         prompts__safetensors=hub.repos['ada/shapes']['commits'][0][1][HUB_FILE][:-9])
     put(hub, 'ada/pickle', prompts__safetensors=pickle.dumps({'a': 1}))
     with pytest.raises(error) as e: load_prompts(name, clip)
@@ -303,12 +286,10 @@ def parts(card):
 
 def test_card(clip):
     names = [f'thing {i}' for i in range(30)]
-    head, text = parts(
-        model_card(CoOp(clip, names, n_ctx=2), 'ada/things', 'mit', 'Made of *clay*.'))
-    assert head == dict(library_name='clipprompt',
-                        tags=['clip', 'prompt-learning', 'coop'],
-                        pipeline_tag='image-classification',
-                        license='mit')
+    card = model_card(CoOp(clip, names, n_ctx=2), 'ada/things', 'mit', 'Made of *clay*.')
+    head, text = parts(card)
+    assert head == dict(library_name='clipprompt', tags=['clip', 'prompt-learning', 'coop'],
+                        pipeline_tag='image-classification', license='mit')
     for words in ('# ada/things', 'Made of *clay*.', '30 classes', '`thing 19`', 'and 10 more',
                   f'clipprompt {__version__}', clip.name, clip.fingerprint, '48', '"n_ctx": 2',
                   "load_prompts('hf://ada/things'"):
@@ -348,11 +329,9 @@ def test_the_command_in_a_process_of_its_own(hub, tmp_path):
         **os.environ, 'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HUB_CACHE': constants.HF_HUB_CACHE,
         'HF_HOME': str(tmp_path/'home'), 'HF_HUB_OFFLINE': '1'
     }
-    r = subprocess.run(
-        [sys.executable, '-c', 'from clipprompt.cli import main; main()', 'predict', pinned, photo],
-        env=env,
-        capture_output=True,
-        text=True)
+    code = 'from clipprompt.cli import main; main()'
+    r = subprocess.run([sys.executable, '-c', code, 'predict', pinned, photo], env=env,
+                       capture_output=True, text=True)
     assert r.stdout == here.out and r.stdout.count('%') == 3, r.stderr
 
 

@@ -66,14 +66,13 @@ def by_hand(clip, names, rows, text='read', p2p='none', enter=lambda l, x: x):
     for ids in sentences(clip, names).ids:
         ids = ids[:int(ids.argmax())+1]
         L, m = len(ids), rows.shape[0]
-        words, pos = clip.embed(
-            ids) + clip.text.positional_embedding[:L], clip.text.positional_embedding[L - 1]
+        positions = clip.text.positional_embedding
+        words, pos = clip.embed(ids) + positions[:L], positions[L - 1]
         x = torch.cat([words, rows + pos, words[-1:]][:2 + (text == 'read_eot')])
         may = torch.zeros(len(x), len(x), dtype=torch.bool)
         may[:L, :L] = torch.ones(L, L).tril().bool()
         may[L:, :L - (text == 'read_eot')] = True
-        may[L:L + m, L:L + m] = dict(none=torch.zeros(m, m),
-                                     self=torch.eye(m),
+        may[L:L + m, L:L + m] = dict(none=torch.zeros(m, m), self=torch.eye(m),
                                      causal=torch.ones(m, m).tril(),
                                      full=torch.ones(m, m))[p2p].bool()
         if text == 'read_eot': may[-1, L:] = True
@@ -98,18 +97,17 @@ def test_01_the_template_never_sees_a_prompt(clip, images, kw):
     train(learner, images)
     rule, p = learner.ctx, learner.ctx.tokens[0].detach()
     with torch.no_grad():
-        for n, states in zip(
-                NAMES,
-                by_hand(clip, NAMES, p, kw.get('text', 'read'), kw.get('p2p', 'none'),
-                        lambda l, x: rule.enter(l, x))):
+        hand = by_hand(clip, NAMES, p, kw.get('text', 'read'), kw.get('p2p', 'none'),
+                       lambda l, x: rule.enter(l, x))
+        for n, states in zip(NAMES, hand):
             ids = sentences(clip, [n]).ids[:, :states[0].shape[0]]
             L = int(ids.argmax())+1
             x = clip.embed(ids[:, :L]) + clip.text.positional_embedding[:L]
             for block, state in zip(clip.text.transformer.resblocks, states):
                 x = block(x, attn_mask=clip.text.attn_mask[:L, :L])
                 same(state[:L], x[0])
-        fresh, kept = make(clip).reading.template(slice(0,
-                                                        3)), learner.reading.template(slice(0, 3))
+        fresh = make(clip).reading.template(slice(0, 3))
+        kept = learner.reading.template(slice(0, 3))
         assert all(torch.equal(a, b) for x, y in zip(fresh, kept) for a, b in zip(x, y))
 
 
@@ -117,10 +115,8 @@ def test_02_so_the_feature_at_eot_is_zero_shot(clip):
     "A classifier that read EOT beside read-only prompts would train nothing"
     learner = make(clip, moved=1)
     p = learner.ctx.tokens[0]
-    at_eot = torch.stack([
-        feature(clip, states[-1][int(e)]) for states, e in zip(by_hand(clip, NAMES, p),
-                                                               sentences(clip).eot)
-    ])
+    each = zip(by_hand(clip, NAMES, p), sentences(clip).eot)
+    at_eot = torch.stack([feature(clip, states[-1][int(e)]) for states, e in each])
     same(at_eot, ZeroShot(clip, NAMES).text_features())
     (g,) = torch.autograd.grad(at_eot.square().sum() + 0*p.sum(), p)
     assert g.abs().max() == 0
@@ -133,15 +129,10 @@ def test_03_written_to_the_template_changes(clip, text):
     assert differ(a.text_features(), b.text_features()) > 1e-2
     assert differ(a.text_features(), ZeroShot(clip, NAMES).text_features()) > 1e-2
     if text == 'both':
-        states = by_hand(clip,
-                         NAMES,
-                         a.ctx.tokens[0].detach(),
-                         'both',
+        states = by_hand(clip, NAMES, a.ctx.tokens[0].detach(), 'both',
                          enter=lambda l, x: a.ctx.enter(l, x))
-        same(
-            a.text_features(),
-            torch.stack([feature(clip, s[-1][int(e)]) for s, e in zip(states,
-                                                                      sentences(clip).eot)]))
+        each = zip(states, sentences(clip).eot)
+        same(a.text_features(), torch.stack([feature(clip, s[-1][int(e)]) for s, e in each]))
 
 
 def test_04_in_coops_slot_prompts_know_nothing_of_the_class(clip, monkeypatch):
@@ -184,11 +175,8 @@ def test_05_kept_keys_and_values_are_the_full_masked_forward(clip, kw, chunk):
     if kw.get('text', 'read') == 'read':
         hand = torch.stack([F.normalize(feature(clip, s[-1][-3:]).mean(0), dim=-1) for s in states])
     else:
-        hand = torch.stack([
-            feature(clip, s[-1][-1 if kw['text'] == 'read_eot' else int(e)])
-            for s, e in zip(states,
-                            sentences(clip).eot)
-        ])
+        rows = [-1 if kw['text'] == 'read_eot' else int(e) for e in sentences(clip).eot]
+        hand = torch.stack([feature(clip, s[-1][row]) for s, row in zip(states, rows)])
     same(seen[1][0], hand, 1e-10)
 
 
@@ -199,8 +187,8 @@ def test_06_behind_eot_the_causal_mask_does_it(clip):
     for c, (ids, e) in enumerate(zip(s.ids, s.eot)):
         # all 77 positions
         x = clip.embed(ids) + clip.text.positional_embedding
-        x = torch.cat(
-            [x[:e + 1], learner.ctx.tokens[0] + clip.text.positional_embedding[e], x[e + 4:]])[None]
+        prompts = learner.ctx.tokens[0] + clip.text.positional_embedding[e]
+        x = torch.cat([x[:e + 1], prompts, x[e + 4:]])[None]
         for block in clip.text.transformer.resblocks: x = block(x, attn_mask=clip.text.attn_mask)
         same(F.normalize(feature(clip, x[0, e+1:e+4]).mean(0), dim=-1), learner.text_features()[c])
 
@@ -223,44 +211,36 @@ def test_08_the_start_can_be_zero_shot_exactly(clip, images, m):
     both = make(clip, n_ctx=m, noise=0., gate_text=1., vision='read', gate_vision=1.)
     same(both(images), zero(images))                                               # CLS likewise
     # EOT counted twice
-    assert all(
-        differ(
-            make(clip, n_ctx=m, n_visual=0, noise=0., gate_text=1., p2p=p)(images), zero(images)) >
-        1e-3 for p in ('self', 'causal', 'full'))
-    away = lambda **kw: differ(
-        make(clip, n_ctx=m, n_visual=0, gate_text=1., **kw).text_features(), zero.text_features())
+    for p in ('self', 'causal', 'full'):
+        twice = make(clip, n_ctx=m, n_visual=0, noise=0., gate_text=1., p2p=p)
+        assert differ(twice(images), zero(images)) > 1e-3
+
+    def away(**kw):
+        learner = make(clip, n_ctx=m, n_visual=0, gate_text=1., **kw)
+        return differ(learner.text_features(), zero.text_features())
     assert 0 < away(noise=1e-4) < 1e-3 < away() and away(start='noise') > 1e-3
 
 
 def test_09_at_zero_they_are_deep_prompts(clip, images):
     "The preset `ivlp` is IVLP, image prompts alone are VPT-deep: bit for bit"
-    for ours, theirs in ((make(clip, n_ctx=2, **PRESETS['ivlp']),
-                          IVLP(clip, NAMES, n_ctx=2,
-                               n_visual=2)), (make(clip, n_ctx=0,
-                                                   gate_vision=0.), VPT(clip, NAMES, n_visual=2))):
+    pairs = [(make(clip, n_ctx=2, **PRESETS['ivlp']), IVLP(clip, NAMES, n_ctx=2, n_visual=2)),
+             (make(clip, n_ctx=0, gate_vision=0.), VPT(clip, NAMES, n_visual=2))]
+    values = lambda learner: {k: v.tolist() for k, v in learner.state_dict().items()}
+    for ours, theirs in pairs:
         theirs = theirs.double()
-        assert {k: v.tolist()
-                for k, v in ours.state_dict().items()
-                } == {k: v.tolist()
-                      for k, v in theirs.state_dict().items()}
+        assert values(ours) == values(theirs)
         assert torch.equal(ours(images), theirs(images))
         assert train(ours, images) == train(theirs, images)
-        fixed = make(clip,
-                     n_ctx=2 if theirs.learns_text else 0,
-                     text='write',
-                     gate='fixed',
-                     gate_text=0.,
-                     gate_vision=0.)
+        fixed = make(clip, n_ctx=2 if theirs.learns_text else 0, text='write', gate='fixed',
+                     gate_text=0., gate_vision=0.)
         assert torch.equal(fixed(images),
                            ours.__class__(clip, NAMES, **ours.hparams).double()(images))
 
 
 @pytest.mark.parametrize('kw', [{}, dict(text='write'), dict(text='both'), dict(vision='read')])
 def test_10_at_one_they_are_shallow_prompts(clip, images, kw):
-    learner, shallow = make(clip, gate_text=1., gate_vision=1., **kw), make(clip,
-                                                                            depth_text=1,
-                                                                            depth_vision=1,
-                                                                            **kw)
+    learner = make(clip, gate_text=1., gate_vision=1., **kw)
+    shallow = make(clip, depth_text=1, depth_vision=1, **kw)
     for k in BOTH: getattr(shallow, k).tokens.data.copy_(getattr(learner, k).tokens.data[:1])
     assert torch.equal(learner(images), shallow(images))
     learner.loss(images, torch.arange(4) % 3).backward()
@@ -303,9 +283,13 @@ def test_13_cls_changes_only_where_it_reads_prompts(clip, images):
     # the stream that read-only prompts stand beside is CLIP's own: its CLS gives the frozen feature
     stream = []
     run = map_dafe.run_block
+
+    def kept(block, x, **kw):
+        stream.append(run(block, x, **kw))
+        return stream[-1]
+
     try:
-        map_dafe.run_block = lambda block, x, **kw: (stream.append(run(block, x, **kw)), stream[-1]
-                                                     )[1]
+        map_dafe.run_block = kept
         read_images(tower, images, read)
     finally: map_dafe.run_block = run
     same(F.normalize(clip.visual.ln_post(stream[-1][0][:, 0]) @ clip.visual.proj, dim=-1), frozen)
@@ -370,16 +354,15 @@ def test_16_edges_of_number_and_depth(clip, images):
     for kw in (dict(n_ctx=0), dict(n_visual=0)):
         learner = make(clip, moved=1, **kw)
         assert learner.learns_text == ('n_visual' in kw) and learner.learns_image == ('n_ctx' in kw)
-        same(
-            learner.image_features(images) if 'n_visual' in kw else learner.text_features(),
-            Classifier(clip, NAMES).image_features(images) if 'n_visual' in kw else ZeroShot(
-                clip, NAMES).text_features())
+        if 'n_visual' in kw:
+            same(learner.image_features(images), Classifier(clip, NAMES).image_features(images))
+        else: same(learner.text_features(), ZeroShot(clip, NAMES).text_features())
     seen = []
     for J in (1, 2, 3):
         learner = make(clip, depth_text=J, depth_vision=J)
         for k in BOTH:
-            assert getattr(learner, k).tokens.shape[0] == J and hasattr(
-                getattr(learner, k), 'logits') == (J > 1)
+            prompts = getattr(learner, k)
+            assert prompts.tokens.shape[0] == J and hasattr(prompts, 'logits') == (J > 1)
         seen.append(learner(images))
     assert min(differ(a, b) for i, a in enumerate(seen) for b in seen[:i]) > 1e-4
     for J in (0, 4):
@@ -415,18 +398,14 @@ def test_19_what_is_trained_and_what_is_not(clip, images):
         'visual_ctx.logits': (J - 1, 1, 1)
     }
     learner = make(clip)
-    assert {k: tuple(v.shape)
-            for k, v in learner.named_parameters()
-            } == want == {k: tuple(v.shape)
-                          for k, v in learner.state_dict().items()}
+    sizes = lambda named: {k: tuple(v.shape) for k, v in named}
+    assert sizes(learner.named_parameters()) == want
+    assert sizes(learner.state_dict().items()) == want
     before = {k: v.clone() for k, v in clip.model.state_dict().items()}
     train(learner, images)
     assert all(torch.equal(v, before[k]) for k, v in clip.model.state_dict().items())
     assert all(p.grad is None for p in clip.model.parameters())
-    for gate, extra in dict(scalar=4,
-                            token=2*(n+m),
-                            channel=2*(dt+dv),
-                            conditional=4 + 2*(dt+dv),
+    for gate, extra in dict(scalar=4, token=2*(n+m), channel=2*(dt+dv), conditional=4 + 2*(dt+dv),
                             fixed=0).items():
         assert sum(p.numel() for p in make(clip, gate=gate).parameters()) == J*(n*dt+m*dv) + extra
 
@@ -435,9 +414,8 @@ def test_20_variant_b(clip):
     "EOT behind the prompts: words unchanged (test 1), EOT changed, and without prompts it is CLIP"
     zero, s = ZeroShot(clip, NAMES).text_features(), sentences(clip)
     for plain in (True, False):
-        same(
-            Reading(TextTower(clip, plain=plain), s, 'read_eot',
-                    'causal')(Given(torch.zeros(1, 0, clip.text_width).double())), zero)
+        reading = Reading(TextTower(clip, plain=plain), s, 'read_eot', 'causal')
+        same(reading(Given(torch.zeros(1, 0, clip.text_width).double())), zero)
     learner = make(clip, moved=1, **PRESETS['map_dafe_b'])
     assert differ(learner.text_features(), zero) > 1e-2
     # CLIP's own mask over the sentence with tokens let in before EOT
@@ -525,17 +503,15 @@ def test_gate_rates(clip):
 def test_forms_and_scales():
     out, p = noise(5, 2, 8), Gated(2, 8, 3, share=.3, seed=1).double()
     same(p.enter(1, out), .3*out + .7*p.tokens[1])
-    same(
-        Gated(2, 8, 3, share=.3, form='additive', seed=1).double().enter(1, out),
-        .3*out + p.tokens[1])
-    same(
-        Gated(2, 8, 3, share=.3, scale=5., seed=1).double().enter(1, out), .3*out + 3.5*p.tokens[1])
+    gated = lambda **kw: Gated(2, 8, 3, share=.3, seed=1, **kw).double()
+    same(gated(form='additive').enter(1, out), .3*out + p.tokens[1])
+    same(gated(scale=5.).enter(1, out), .3*out + 3.5*p.tokens[1])
     dynamic = Gated(2, 8, 3, share=.3, scale='dynamic', seed=1).double()
     same((dynamic.enter(1, out)-.3*out).norm(dim=-1), .7*out.norm(dim=-1))
     assert p.enter(0, None) is not None and p.enter(3, out) is out
     out.requires_grad_()
-    assert not torch.autograd.grad(
-        Gated(2, 8, 3, detach=True).double().enter(1, out).sum(), out, allow_unused=True)[0]
+    detached = Gated(2, 8, 3, detach=True).double().enter(1, out).sum()
+    assert not torch.autograd.grad(detached, out, allow_unused=True)[0]
     assert torch.equal(Gated(2, 8, 3, share=0., scale=2.).enter(1, out), 2*Gated(2, 8, 3).tokens[1])
 
 
@@ -549,9 +525,8 @@ def test_start():
 def test_a_projection_that_is_a_layer():
     cfg = dict(TINY, text_cfg=TINY['text_cfg'] | dict(proj_bias=True), custom_text=True)
     clip = build_backbone(cfg)
-    same(
-        MAPDAFE(clip, NAMES, noise=0., gate_text=1., n_visual=0).text_features(),
-        ZeroShot(clip, NAMES).text_features(), 1e-5)
+    learner = MAPDAFE(clip, NAMES, noise=0., gate_text=1., n_visual=0)
+    same(learner.text_features(), ZeroShot(clip, NAMES).text_features(), 1e-5)
 
 
 def test_checkpoint_gives_the_same(clip):

@@ -37,11 +37,9 @@ def sgd(learner, lr=.05, momentum=.9):
     return torch.optim.SGD(learner.parameters(), lr, momentum, weight_decay=5e-4)
 
 
-@pytest.mark.parametrize('hparams', [{},
-                                     dict(mode='clean', order=2),
-                                     dict(split='domain', depth=2, mode='restore'),
-                                     dict(templates=['a {}', 'the {} there'])],
-                         ids=str)
+@pytest.mark.parametrize('hparams', [
+    {}, dict(mode='clean', order=2), dict(split='domain', depth=2, mode='restore'),
+    dict(templates=['a {}', 'the {} there'])], ids=str)
 def test_contract(hparams): assert (check_learner(MetaPrompt, **hparams).result == 'passed').all()
 
 def test_contract_without_episodes(): assert (check_learner(TwoPairs).result == 'passed').all()
@@ -110,8 +108,8 @@ def test_v4_v5_second_order(clip, batch, split):
     g = torch.Generator().manual_seed(0)
     for d in (second, torch.randn(second.shape, generator=g, dtype=torch.float64)):
         h = 1e-5/d.norm()
-        assert (after(start + h*d) - after(start - h*d))/(2*h).item() == pytest.approx(
-            (second*d).sum().item(), rel=1e-5)
+        numeric = (after(start + h*d) - after(start - h*d))/(2*h)
+        assert numeric.item() == pytest.approx((second*d).sum().item(), rel=1e-5)
     assert (first-second).norm() > 1e-3*second.norm()
     h = 1e-4/first.norm()
     def slope(theta): tokens.data.copy_(theta); return gradient(learner, episode[0], batch, tokens)
@@ -127,9 +125,9 @@ def test_v6_groups_and_domains():
     # drawn anew
     assert len({tuple(class_groups(9)[0].tolist()) for _ in range(20)}) > 10
     labels = torch.tensor([0, 1, 2, 3])
-    for (train, test), group in zip(
-            class_episodes(labels,
-                           [torch.tensor([3, 0]), torch.tensor([1, 2])]), ([3, 0], [1, 2])):
+    groups = [3, 0], [1, 2]
+    episodes = class_episodes(labels, [torch.tensor(group) for group in groups])
+    for (train, test), group in zip(episodes, groups):
         assert not (train.rows & test.rows).any()
         assert (train.rows | test.rows).all()
         assert test.classes.tolist() == group
@@ -159,14 +157,13 @@ def test_v7_v8_v9_modes_by_hand(clip, batch, split, mode):
     """Two whole steps against the definition written out; the other tower does not move in the
     episodes"""
     learner, plain = learner_of(clip, split=split, mode=mode), learner_of(clip, split=split)
-    opt, opt2, frozen = sgd(learner), sgd(plain), {
-        k: v.clone()
-        for k, v in clip.model.state_dict().items()
-    }
+    opt, opt2 = sgd(learner), sgd(plain)
+    frozen = {k: v.clone() for k, v in clip.model.state_dict().items()}
     for _ in range(2):
         episodes, (name,) = episodes_of(learner, batch)
-        learner.groups = [episodes[0][1].classes, episodes[1][1].classes
-                          ] if split == 'class' else None
+        learner.groups = None
+        if split == 'class':
+            learner.groups = [episodes[0][1].classes, episodes[1][1].classes]
         here, there = (batch if split == 'domain' else batch[:3]), dict(plain.named_parameters())
         loss = learner.training_step(here, opt)
         # step (A)
@@ -194,17 +191,14 @@ def test_v7_v8_v9_modes_by_hand(clip, batch, split, mode):
 
 def test_v9_counts():
     clip = tiny_clip()
-    assert sum(
-        p.numel()
-        for p in MetaPrompt(clip, NAMES, n_ctx=4, n_visual=3).parameters()) == 3*(4*24 + 3*32)
+    learner = MetaPrompt(clip, NAMES, n_ctx=4, n_visual=3)
+    assert sum(p.numel() for p in learner.parameters()) == 3*(4*24 + 3*32)
 
 
 def test_v10_words_in_the_first_layer_are_the_frozen_sentence(clip):
     learner = MetaPrompt(clip, NAMES, n_ctx=4, depth=1, templates='a photo of a {}.').double()
     learner.ctx.tokens.data[0] = phrase_tokens(clip, 'a photo of a')
-    torch.testing.assert_close(learner.prompted_text(),
-                               learner.classifier(),
-                               rtol=1e-10,
+    torch.testing.assert_close(learner.prompted_text(), learner.classifier(), rtol=1e-10,
                                atol=1e-12)
 
 
@@ -228,17 +222,18 @@ def test_v12_only_what_a_step_needs_is_run(clip, batch, split, monkeypatch):
     learner, ran = learner_of(clip, split=split, mode='clean'), []
     (train, test), *_ = episodes_of(learner, batch)[0]
     x, y, z, _ = batch
-    full = (clip.logit_scale*
-            z @ learner.prompted_text().T)[test.rows][:, test.classes] if split == 'class' else (
-                clip.logit_scale*learner.prompted_image(x) @ learner.classifier().T)[test.rows]
+    if split == 'class':
+        full = clip.logit_scale*z @ learner.prompted_text().T
+        full = full[test.rows][:, test.classes]
+    else:
+        full = clip.logit_scale*learner.prompted_image(x) @ learner.classifier().T
+        full = full[test.rows]
     value = learner.episode_loss(test, x, y, z)
     torch.testing.assert_close(value, F.cross_entropy(full, test.among(y)), rtol=1e-11, atol=0)
     text, vision = TextTower.__call__, VisionTower.__call__
-    monkeypatch.setattr(TextTower,
-                        '__call__',
+    monkeypatch.setattr(TextTower, '__call__',
                         lambda self, s, p=None: ran.append(len(s.ids)) or text(self, s, p))
-    monkeypatch.setattr(VisionTower,
-                        '__call__',
+    monkeypatch.setattr(VisionTower, '__call__',
                         lambda self, x, p=None: ran.append(-len(x)) or vision(self, x, p))
     learner.episode_loss(test, x, y, z)
     assert ran == ([len(test.classes)] if split == 'class' else [-int(test.rows.sum())])
@@ -246,16 +241,14 @@ def test_v12_only_what_a_step_needs_is_run(clip, batch, split, monkeypatch):
 
 def test_v13_prediction_and_schedule(clip, batch):
     learner, s = learner_of(clip), clip.logit_scale
-    li, lt = s*learner.prompted_image(
-        batch[0]) @ learner.classifier().T, s*batch[2] @ learner.prompted_text().T
+    li = s*learner.prompted_image(batch[0]) @ learner.classifier().T
+    lt = s*batch[2] @ learner.prompted_text().T
     torch.testing.assert_close(learner(batch[0]), (li+lt)/2)
     b2n, dg = (MetaPrompt.recipe(x) for x in ('base-to-new', 'domain-generalisation'))
-    assert [f'{lr_at(b2n, e):.5e}' for e in range(1, 9)] == [
-        f'{x:.5e}' for x in (1e-5, 1.5e-3, 1.44291e-3, 1.28033e-3, 1.03701e-3, 7.5e-4, 4.62987e-4,
-                             2.19670e-4)
-    ]
-    assert [f'{lr_at(dg, e):.5e}' for e in range(1, 7)
-            ] == [f'{x:.5e}' for x in (1e-5, 1.5e-3, 1.39952e-3, 1.125e-3, 7.5e-4, 3.75e-4)]
+    rates = 1e-5, 1.5e-3, 1.44291e-3, 1.28033e-3, 1.03701e-3, 7.5e-4, 4.62987e-4, 2.19670e-4
+    assert [f'{lr_at(b2n, e):.5e}' for e in range(1, 9)] == [f'{x:.5e}' for x in rates]
+    rates = 1e-5, 1.5e-3, 1.39952e-3, 1.125e-3, 7.5e-4, 3.75e-4
+    assert [f'{lr_at(dg, e):.5e}' for e in range(1, 7)] == [f'{x:.5e}' for x in rates]
 
 
 # ---- episodes around other learners, and the data they need --------------------------------------
@@ -265,8 +258,8 @@ def test_v13_prediction_and_schedule(clip, batch):
                          ids=['coop', 'provp-ref'])
 def test_episodes_around_any_learner(clip, batch, cls, hparams):
     "An ordinary step, then the outer step of the definition"
-    ours, plain = episodic(cls(clip, NAMES, **hparams).double()), cls(clip, NAMES,
-                                                                      **hparams).double()
+    ours = episodic(cls(clip, NAMES, **hparams).double())
+    plain = cls(clip, NAMES, **hparams).double()
     here = batch[:2+len(plain.reads)]
     torch.manual_seed(3); a = ours.training_step(here, sgd(ours))
     assert a == plain.training_step(here, sgd(plain))
@@ -280,9 +273,7 @@ def test_episodes_around_any_learner(clip, batch, cls, hparams):
         p.data.copy_(start - .05*torch.autograd.grad(loss(train), p)[0])
         total = total + torch.autograd.grad(loss(test), p)[0]
         p.data.copy_(start)
-    torch.testing.assert_close(next(ours.parameters()),
-                               start - .2*.05*total,
-                               rtol=1e-10,
+    torch.testing.assert_close(next(ours.parameters()), start - .2*.05*total, rtol=1e-10,
                                atol=1e-13)
     assert (total*.01).abs().max() > 1e-9
 
@@ -309,14 +300,11 @@ def test_domains_reach_the_step(joined, monkeypatch):
             fit(learner, data, Recipe(epochs=1, batch_size=48), seed=1, views=views, progress=False)
             images, labels, *rest = seen.pop()
             assert len(rest) == 1+own
-            assert sorted(zip(rest[-1].tolist(), labels.tolist())) == sorted(
-                (d, i.label) for d, i in zip([1]*24 + [0]*24, data.train))
+            drawn = sorted(zip(rest[-1].tolist(), labels.tolist()))
+            assert drawn == sorted((d, i.label) for d, i in zip([1]*24 + [0]*24, data.train))
             if own:
-                torch.testing.assert_close(rest[0],
-                                           Classifier(picto,
-                                                      data.classnames).image_features(images),
-                                           rtol=1e-4,
-                                           atol=1e-5)
+                features = Classifier(picto, data.classnames).image_features(images)
+                torch.testing.assert_close(rest[0], features, rtol=1e-4, atol=1e-5)
 
 
 def test_resuming_draws_the_same_groups(joined, tmp_path):
@@ -353,11 +341,8 @@ def test_what_is_chosen_from_the_data(joined):
     row = domain(Method(MetaPrompt, dict(depth=1), Recipe(epochs=1)), picto, joined, shots=1)
     assert row['protocol'] == 'domain' and row['task'] == 'pixels' and 0 < row['accuracy'] < 100
     assert MetaPrompt(picto, joined.classnames).choose(joined).hparams['split'] == 'domain'
-    assert MetaPrompt(picto, joined.classnames, split='class',
-                      templates='{}').choose(joined).hparams == MetaPrompt(picto,
-                                                                           joined.classnames,
-                                                                           split='class',
-                                                                           templates='{}').hparams
+    fresh = lambda: MetaPrompt(picto, joined.classnames, split='class', templates='{}')
+    assert fresh().choose(joined).hparams == fresh().hparams
     eurosat = type(joined)(**{**vars(joined), 'name': 'eurosat', 'by_domain': False})
     chosen = MetaPrompt(picto, joined.classnames, seed=3).choose(eurosat)
     assert chosen.templates == ['a centered satellite photo of {}']

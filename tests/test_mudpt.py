@@ -17,11 +17,7 @@ def clip(): return tiny_clip(dtype=torch.float64)
 
 
 def images(clip, n=2):
-    return torch.randn(n,
-                       3,
-                       clip.image_size,
-                       clip.image_size,
-                       dtype=clip.dtype,
+    return torch.randn(n, 3, clip.image_size, clip.image_size, dtype=clip.dtype,
                        generator=torch.Generator().manual_seed(0))
 
 
@@ -49,31 +45,26 @@ def test_level_zero_of_the_text_is_never_fused(clip, fusion):
 @fusions
 def test_without_the_maps_it_is_independent_prompting(clip, fusion):
     "Fused once, the same tokens in IVLP give the same logits"
-    learner, other = MuDPT(clip, NAMES,
-                           depth=2, fusion=fusion).double(), IVLP(clip,
-                                                                  NAMES,
-                                                                  depth_text=2,
-                                                                  depth_vision=2).double()
+    learner = MuDPT(clip, NAMES, depth=2, fusion=fusion).double()
+    other = IVLP(clip, NAMES, depth_text=2, depth_vision=2).double()
     text, image = learner.fused()
     with torch.no_grad():
         other.ctx.tokens.copy_(text); other.visual_ctx.tokens.copy_(image)
         # IVLP keeps the rest of the phrase in the sentence
         other.sentences = learner.sentences
-        torch.testing.assert_close(other(images(clip)),
-                                   learner(images(clip)),
-                                   rtol=1e-12,
+        torch.testing.assert_close(other(images(clip)), learner(images(clip)), rtol=1e-12,
                                    atol=1e-12)
 
 
 def test_the_sentence_holds_the_first_words_and_the_whole_name(clip):
-    words = lambda learner: [
-        clip.tokenizer.decode(ids[:eot + 1].tolist())
-        for ids, eot in zip(learner.sentences.ids, learner.sentences.eot)
-    ]
-    assert words(MuDPT(clip, NAMES,
-                       n_ctx=2))[0] == '<start_of_text>a photo polar bear . <end_of_text>'
-    assert words(MuDPT(
-        clip, NAMES, n_ctx=4))[2] == '<start_of_text>a photo of a old shopping cart . <end_of_text>'
+    def words(learner):
+        s = learner.sentences
+        return [clip.tokenizer.decode(ids[:eot + 1].tolist()) for ids, eot in zip(s.ids, s.eot)]
+
+    said = words(MuDPT(clip, NAMES, n_ctx=2))[0]
+    assert said == '<start_of_text>a photo polar bear . <end_of_text>'
+    said = words(MuDPT(clip, NAMES, n_ctx=4))[2]
+    assert said == '<start_of_text>a photo of a old shopping cart . <end_of_text>'
     # longer than the phrase: noise, and no name is cut
     long = MuDPT(clip, NAMES, n_ctx=8)
     assert all(n in w for n, w in zip(NAMES, words(long)))
@@ -85,27 +76,25 @@ def test_both_directions_read_the_raw_tokens(clip):
     learner = MuDPT(clip, NAMES, fusion='linear').double()
     T, V, (text, image) = learner.ctx.tokens, learner.visual_ctx.tokens, learner.fused()
     torch.testing.assert_close(text[1:], T[1:] + V[1:] @ learner.v2t.weight.T + learner.v2t.bias)
-    torch.testing.assert_close(
-        image, V + torch.cat([
-            T[:1] @ learner.shallow.weight.T + learner.shallow.bias,
-            T[1:] @ learner.t2v.weight.T + learner.t2v.bias
-        ]))
+    mapped = torch.cat([T[:1] @ learner.shallow.weight.T + learner.shallow.bias,
+                        T[1:] @ learner.t2v.weight.T + learner.t2v.bias])
+    torch.testing.assert_close(image, V + mapped)
 
 
-@pytest.mark.parametrize('n_ctx,depth,counts', [(2, 8, (11_053_568, 1_202_176, 3_556_608)),
-                                                (4, 9, (11_079_168, 1_227_776, 3_566_848))])
+@pytest.mark.parametrize('n_ctx,depth,counts', [
+    (2, 8, (11_053_568, 1_202_176, 3_556_608)), (4, 9, (11_079_168, 1_227_776, 3_566_848))])
 def test_parameter_counts_of_the_repository(n_ctx, depth, counts):
     "The three trainers at ViT-B/16, by formula from ours"
     from clipprompt.mudpt import Injection
     n = lambda m: sum(p.numel() for p in m.parameters())
-    tokens, t2v, v2t, linear = n_ctx*depth*(512+768), n(Injection(512, 768)), n(Injection(
-        768, 512)), 2*(512*768 + 768) + 768*512 + 512
+    tokens, t2v, v2t = n_ctx*depth*(512+768), n(Injection(512, 768)), n(Injection(768, 512))
+    linear = 2*(512*768 + 768) + 768*512 + 512
     assert counts == (tokens+t2v+v2t, tokens+linear, n_ctx*depth*512+t2v)
 
 
-@pytest.mark.parametrize('kw,says', [(dict(fusion='both'), ["fusion 'both'", 'transformer']),
-                                     (dict(depth=4), ['depth', '3']), (dict(depth=0), ['depth']),
-                                     (dict(n_ctx=0), ['at least one'])])
+@pytest.mark.parametrize('kw,says', [
+    (dict(fusion='both'), ["fusion 'both'", 'transformer']), (dict(depth=4), ['depth', '3']),
+    (dict(depth=0), ['depth']), (dict(n_ctx=0), ['at least one'])])
 def test_bad_input(clip, kw, says):
     with pytest.raises(ValueError) as e: MuDPT(clip, NAMES, **kw)
     one_line(e, *says)

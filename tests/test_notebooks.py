@@ -1,5 +1,5 @@
-"""Every notebook runs, one test each: `NB_FLAGS="slow gpu" pytest tests/test_notebooks.py -k coop`
-runs flagged cells too.
+"""Every notebook runs, one test each: `pytest -m chapter`. `NB_FLAGS="slow gpu" pytest -m chapter -k
+coop` runs flagged cells too.
 
 The runner is nbdev's own, which honours the flags and needs no Jupyter kernel. Each notebook
 gets a process of its own, as it does with a reader: seeds, default dtypes, patched names and
@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,31 +34,14 @@ def run(nb):
         [sys.executable, '-c', RUN, nb, ROOT, cfg['DEFAULT']['tst_flags'], force],
         cwd=ROOT,
         env={**os.environ, 'MPLBACKEND': 'Agg', 'OMP_NUM_THREADS': '1'},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        # a chapter takes three minutes at most
-        text=True,
-        errors='replace',
-        timeout=None if force else 900)
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors='replace',
+        timeout=None if force else 900)  # a chapter takes three minutes at most
 
 
-@pytest.fixture(scope='module')
-def running(request):
-    """Two at a time, one thread each: towers as small as these gain little from a second thread.
-    Workers of `pytest -n` see to that themselves"""
-    if 'PYTEST_XDIST_WORKER' in os.environ: yield {}; return
-    pool = ThreadPoolExecutor(2)
-    yield {
-        nb: pool.submit(run, nb)
-        for nb in NBS
-        if any(i.name == f'test_notebook[{nb.stem}]' for i in request.session.items)
-    }
-    pool.shutdown(cancel_futures=True)
-
-
+@pytest.mark.chapter
 @pytest.mark.parametrize('nb', NBS, ids=lambda p: p.stem)
-def test_notebook(nb, running):
-    r = running[nb].result() if nb in running else run(nb)
+def test_notebook(nb):
+    r = run(nb)
     assert r.returncode == 0, f'{nb.name} failed:\n{r.stderr[-8000:]}'
 
 

@@ -32,9 +32,7 @@ print(*names)
 
 
 def test_every_module_imports_alone_and_offline(tmp_path):
-    r = subprocess.run([sys.executable, '-c', IMPORT_ALL],
-                       cwd=tmp_path,
-                       capture_output=True,
+    r = subprocess.run([sys.executable, '-c', IMPORT_ALL], cwd=tmp_path, capture_output=True,
                        text=True)
     assert r.returncode == 0, r.stderr
     exported = {p.stem for p in (ROOT/'clipprompt').glob('*.py')} - {'__init__'}

@@ -31,11 +31,7 @@ def photos(tmp_path_factory): return load_dataset(shapes(tmp_path_factory.mktemp
 
 
 def images(clip, n=4):
-    return torch.randn(n,
-                       3,
-                       clip.image_size,
-                       clip.image_size,
-                       dtype=clip.dtype,
+    return torch.randn(n, 3, clip.image_size, clip.image_size, dtype=clip.dtype,
                        generator=torch.Generator().manual_seed(0))
 
 def features_and_grad(learner, x, prompts):
@@ -49,10 +45,9 @@ def test_ends_of_alpha(clip, n):
     patches below five)"""
     for alpha, same in ((0., Given), (1., lambda tokens: Given(tokens[:1]))):
         learner = ProVP(clip, NAMES, n_visual=n, alpha=alpha).double()
-        (f, grad), (g, other) = features_and_grad(learner, images(clip),
-                                                  learner.visual_ctx), features_and_grad(
-                                                      learner, images(clip),
-                                                      same(learner.visual_ctx.tokens))
+        x, prompts = images(clip), learner.visual_ctx
+        f, grad = features_and_grad(learner, x, prompts)
+        g, other = features_and_grad(learner, x, same(prompts.tokens))
         torch.testing.assert_close(f, g, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(grad, other, rtol=1e-9, atol=1e-12)
         assert grad[0].abs().max() > 0 and (grad[1:].abs().max() > 0) == (alpha < 1)
@@ -80,12 +75,10 @@ def test_start_and_size():
     assert not torch.equal(Progressive(2, 8, 3, seed=4).tokens, Progressive(2, 8, 3, seed=5).tokens)
 
 
-@pytest.mark.parametrize('setting,shots,epochs,lr,decay', [('few-shot', 1, 50, .1, 1e-3),
-                                                           ('few-shot', 2, 100, .1, 5e-4),
-                                                           ('few-shot', 4, 100, .1, 5e-4),
-                                                           ('few-shot', 8, 200, .1, 5e-4),
-                                                           ('few-shot', 16, 200, .1, 5e-4),
-                                                           ('base-to-new', 16, 100, .1, 1e-3)])
+@pytest.mark.parametrize('setting,shots,epochs,lr,decay', [
+    ('few-shot', 1, 50, .1, 1e-3), ('few-shot', 2, 100, .1, 5e-4), ('few-shot', 4, 100, .1, 5e-4),
+    ('few-shot', 8, 200, .1, 5e-4), ('few-shot', 16, 200, .1, 5e-4),
+    ('base-to-new', 16, 100, .1, 1e-3)])
 def test_recipes(setting, shots, epochs, lr, decay):
     for cls in (ProVP, ProVPRef):
         r = cls.recipe(setting, shots)
@@ -95,14 +88,13 @@ def test_recipes(setting, shots, epochs, lr, decay):
 
 
 def test_templates(photos, half):
-    assert provp_template('OxfordPets') == provp_template(
-        'oxford_pets') == 'a type of pet, a photo of a {}.'
+    for name in ('OxfordPets', 'oxford_pets'):
+        assert provp_template(name) == 'a type of pet, a photo of a {}.'
     assert provp_template('caltech101') == 'a photo of a {}.'
     assert provp_template('dtd') == provp_template('DescribableTextures') == 'a texture of {}.'
     photos_of_food = type(photos)(**{**vars(photos), 'name': 'food101'})
-    learner = Method(ProVPRef, dict(n_visual=2), Recipe(epochs=1)).train(half,
-                                                                         photos_of_food,
-                                                                         seed=7)
+    method = Method(ProVPRef, dict(n_visual=2), Recipe(epochs=1))
+    learner = method.train(half, photos_of_food, seed=7)
     # the seed reaches a mixed class
     assert learner.templates == ['a type of food, a photo of {}.'] and learner.hparams['seed'] == 7
     own = Method(ProVPRef, dict(n_visual=2, templates='{} here'),
@@ -116,16 +108,10 @@ def test_templates(photos, half):
 # ---- re-formation --------------------------------------------------------------------------------
 
 def test_reformation_by_hand():
-    f, z = F.normalize(torch.randn(2,
-                                   5,
-                                   7,
-                                   generator=torch.Generator().manual_seed(0),
-                                   dtype=torch.float64),
-                       dim=-1)
-    by_hand = -sum(
-        torch.log(torch.exp(f[i] @ z[i])/sum(torch.exp(f[i] @ z[j])
-                                             for j in range(5)))
-        for i in range(5))/5
+    g = torch.Generator().manual_seed(0)
+    f, z = F.normalize(torch.randn(2, 5, 7, generator=g, dtype=torch.float64), dim=-1)
+    e = lambda i, j: torch.exp(f[i] @ z[j])
+    by_hand = -sum(torch.log(e(i, i)/sum(e(i, j) for j in range(5))) for i in range(5))/5
     assert reformation(f, z).item() == pytest.approx(by_hand.item(), rel=1e-12)
     # one direction
     assert reformation(f, z).item() != pytest.approx(reformation(z, f).item(), rel=1e-3)
@@ -145,9 +131,8 @@ def test_given_frozen_features_change_nothing(clip):
     terms = learner.loss_terms(x, y)
     assert terms['ref'].item() == pytest.approx(reformation(learner.image_features(x), z).item())
     assert torch.equal(terms['xe'] + .7*terms['ref'], learner.loss(x, y))
-    assert torch.equal(
-        ProVPRef(clip, NAMES, n_visual=3, weight=0.).double().loss(x, y),
-        ProVP(clip, NAMES, n_visual=3).double().loss(x, y))
+    alone = ProVPRef(clip, NAMES, n_visual=3, weight=0.).double().loss(x, y)
+    assert torch.equal(alone, ProVP(clip, NAMES, n_visual=3).double().loss(x, y))
 
 
 def test_fixed_views_give_their_frozen_features(half, photos, monkeypatch):
@@ -187,10 +172,8 @@ def test_a_view_is_the_same_in_any_order(half, photos):
 # ---- the best epoch on test ----------------------------------------------------------------------
 
 def test_best_on_test_is_kept_and_recorded(half, photos, tmp_path):
-    data, recipe = photos.few_shot(3, 1), Recipe(lr=.3,
-                                                 epochs=5,
-                                                 batch_size=6,
-                                                 select='best_on_test')
+    data = photos.few_shot(3, 1)
+    recipe = Recipe(lr=.3, epochs=5, batch_size=6, select='best_on_test')
     learner = ProVP(half, photos.classnames, n_visual=2)
     history = fit(learner, data, recipe, seed=1, progress=False)
     assert len(history.tested) == 5
@@ -210,8 +193,8 @@ def test_best_on_test_is_kept_and_recorded(half, photos, tmp_path):
     assert fit(again, data, recipe, seed=1, checkpoint=tmp_path/'c',
                progress=False).tested == history.tested
     assert torch.equal(again.visual_ctx.tokens, learner.visual_ctx.tokens)
-    assert not fit(
-        ProVP(half, photos.classnames, n_visual=2), data, Recipe(epochs=1), progress=False).tested
+    fresh = ProVP(half, photos.classnames, n_visual=2)
+    assert not fit(fresh, data, Recipe(epochs=1), progress=False).tested
 
 
 def test_bad_input(clip):

@@ -35,9 +35,7 @@ SHELF = next((p for p in (Path(os.environ.get('CLIPPROMPT_DATA') or '/nowhere'),
                           REPO.parent/'shared'/'datasets') if (p/'caltech101.tar').is_file()), None)
 needs_archives = pytest.mark.skipif(
     SHELF is None, reason='caltech101.tar is neither in ../shared/datasets nor in $CLIPPROMPT_DATA')
-CLIP = SimpleNamespace(image_size=32,
-                       mean=(.48, .46, .41),
-                       std=(.27, .26, .28),
+CLIP = SimpleNamespace(image_size=32, mean=(.48, .46, .41), std=(.27, .26, .28),
                        interpolation='bicubic')
 PARTS = ('train', 'val', 'test')
 
@@ -183,12 +181,8 @@ def pacs(root):
     for d in TASKS['pacs']:
         for c in ('dog', 'elephant', 'guitar'):
             touch(root/'pacs'/'images'/d/c, [f'{i}.png' for i in range(10)])
-        rows = [[
-            f'{d}/{c}/{i}.png {l}'
-            for l, c in enumerate(('dog', 'elephant', 'guitar'), 1)
-            for i in n
-        ]
-                for n in (range(9), range(9, 10))]
+        rows = [[f'{d}/{c}/{i}.png {l}' for l, c in enumerate(('dog', 'elephant', 'guitar'), 1)
+                 for i in n] for n in (range(9), range(9, 10))]
         if d == 'sketch': rows[0].insert(3, 'sketch/dog/n02103406_4068-1.png 1')
         for part, lines in (('train', rows[0]), ('crossval', rows[1]), ('test', rows[0] + rows[1])):
             text(root/'pacs'/'splits'/f'{d}_{part}_kfold.txt', lines)
@@ -216,57 +210,52 @@ def domainnet(root):
             ])
 
 OURS = 'seed 0: not the published one'
+OWN = f'own 50/20/30 split, {OURS}'
+REST = f'own 80/20 split of the rest, {OURS}'
 EXPECT = {  # pictures to train, val, test in the tiny trees above; class names; what `split` says
     'imagenet': ((12, 0, 6), ['tench', 'gold fish', 'great white shark'],
-                 'official, val as test; names from classnames.txt'), 'caltech101': (
-                     (25, 10, 15), ['face', 'leopard', 'motorbike', 'airplane',
-                                    'yin yang'], f'own 50/20/30 split, {OURS}'),
-    'oxford_pets': ((16, 4, 10), ['abyssinian',
-                                  'american bulldog'], f'own 80/20 split of the rest, {OURS}'),
-    'stanford_cars': ((16, 4, 6), ['2000 AM General Hummer SUV',
-                                   '2012 Audi TTS Coupe'], f'own 80/20 split of the rest, {OURS}'),
-    'oxford_flowers': ((10, 4, 6), ['pink primrose',
-                                    'canterbury bells'], f'own 50/20/30 split, {OURS}'),
-    'food101': ((10, 4, 6), ['apple pie',
-                             'baby back ribs'], f'own 50/20/30 split, {OURS}'), 'fgvc_aircraft': (
-                                 (4, 4, 4), ['707-320', 'Cessna 172', 'F/A-18'], 'official lists'),
-    'sun397': ((24, 6, 12), ['abbey', 'indoor ice skating rink', 'outdoor ice skating rink'],
-               f'own 80/20 split of the rest, {OURS}'), 'dtd': (
-                   (10, 4, 6), ['banded', 'zigzagged'], f'own 50/20/30 split, {OURS}'), 'eurosat': (
-                       (50, 20, 30), [
-                           'Annual Crop Land', 'Forest', 'Herbaceous Vegetation Land',
-                           'Highway or Road', 'Industrial Buildings', 'Pasture Land',
-                           'Permanent Crop Land', 'Residential Buildings', 'River', 'Sea or Lake'
-                       ], f'own 50/20/30 split, {OURS}'), 'ucf101': (
-                           (24, 6, 12), ['Apply Eye Makeup', 'Handstand Pushups',
-                                         'Yo Yo'], f'own 80/20 split of the rest, {OURS}'),
-    'imagenetv2': (
-        (0, 0, 6), [f'thing {i}' for i in range(12)], 'classnames.txt'), 'imagenet_sketch': (
-            (0, 0, 6), ['tench', 'goldfish', 'great white shark'], 'open_clip'), 'imagenet_a': (
-                (0, 0, 2), ['goldfish', 'great white shark'], 'open_clip'), 'imagenet_r': (
-                    (0, 0, 6), ['tench', 'shark'], 'classnames.txt'), 'pacs': (
-                        (27, 3, 30), ['dog', 'elephant', 'guitar'], 'official lists'), 'vlcs': (
-                            (35, 15, 20), ['bird', 'car', 'chair', 'dog',
-                                           'person'], 'official folders'),
-    'office_home': ((10, 4, 14), ['alarm clock', 'backpack'], 'train and val'), 'domainnet': (
-        (6, 0, 4), ['aircraft carrier', 't-shirt'], 'official lists')
+                 'official, val as test; names from classnames.txt'),
+    'caltech101': ((25, 10, 15), ['face', 'leopard', 'motorbike', 'airplane', 'yin yang'], OWN),
+    'oxford_pets': ((16, 4, 10), ['abyssinian', 'american bulldog'], REST),
+    'stanford_cars': ((16, 4, 6), ['2000 AM General Hummer SUV', '2012 Audi TTS Coupe'], REST),
+    'oxford_flowers': ((10, 4, 6), ['pink primrose', 'canterbury bells'], OWN),
+    'food101': ((10, 4, 6), ['apple pie', 'baby back ribs'], OWN),
+    'fgvc_aircraft': ((4, 4, 4), ['707-320', 'Cessna 172', 'F/A-18'], 'official lists'),
+    'sun397': ((24, 6, 12), ['abbey', 'indoor ice skating rink', 'outdoor ice skating rink'], REST),
+    'dtd': ((10, 4, 6), ['banded', 'zigzagged'], OWN),
+    'eurosat': ((50, 20, 30), ['Annual Crop Land', 'Forest', 'Herbaceous Vegetation Land',
+                               'Highway or Road', 'Industrial Buildings', 'Pasture Land',
+                               'Permanent Crop Land', 'Residential Buildings', 'River',
+                               'Sea or Lake'], OWN),
+    'ucf101': ((24, 6, 12), ['Apply Eye Makeup', 'Handstand Pushups', 'Yo Yo'], REST),
+    'imagenetv2': ((0, 0, 6), [f'thing {i}' for i in range(12)], 'classnames.txt'),
+    'imagenet_sketch': ((0, 0, 6), ['tench', 'goldfish', 'great white shark'], 'open_clip'),
+    'imagenet_a': ((0, 0, 2), ['goldfish', 'great white shark'], 'open_clip'),
+    'imagenet_r': ((0, 0, 6), ['tench', 'shark'], 'classnames.txt'),
+    'pacs': ((27, 3, 30), ['dog', 'elephant', 'guitar'], 'official lists'),
+    'vlcs': ((35, 15, 20), ['bird', 'car', 'chair', 'dog', 'person'], 'official folders'),
+    'office_home': ((10, 4, 14), ['alarm clock', 'backpack'], 'train and val'),
+    'domainnet': ((6, 0, 4), ['aircraft carrier', 't-shirt'], 'official lists'),
 }
 
 SHOWS = {  # what the path of each class's pictures must hold, by label
     'imagenet': WNIDS,
-    'caltech101': ['Faces/', 'Leopards/', 'Motorbikes/', 'airplanes/',
-                   'yin_yang/'], 'oxford_pets': ['Abyssinian_', 'american_bulldog_'],
-    'food101': ['apple_pie/', 'baby_back_ribs/'], 'sun397': ['abbey/', 'indoor/', 'outdoor/'],
-    'dtd': ['banded/', 'zigzagged/'], 'eurosat': [
-        f'{c}/' for c in
-        'AnnualCrop Forest HerbaceousVegetation Highway Industrial '
-        'Pasture PermanentCrop Residential River SeaLake'
-        .split()
-    ], 'ucf101': ['Apply_Eye_Makeup/v_ApplyEye', 'Handstand_Pushups/v_HandStand', 'Yo_Yo/v_YoYo'],
-    'imagenetv2': [f'{i}/' for i in range(12)], 'imagenet_sketch': WNIDS, 'imagenet_a': WNIDS[1:],
-    'imagenet_r': WNIDS[::2], 'pacs': ['dog/', 'elephant/',
-                                       'guitar/'], 'vlcs': [f'{i}/' for i in range(5)],
-    'office_home': ['alarm_clock/', 'Backpack/'], 'domainnet': ['aircraft_carrier/', 't-shirt/']
+    'caltech101': ['Faces/', 'Leopards/', 'Motorbikes/', 'airplanes/', 'yin_yang/'],
+    'oxford_pets': ['Abyssinian_', 'american_bulldog_'],
+    'food101': ['apple_pie/', 'baby_back_ribs/'],
+    'sun397': ['abbey/', 'indoor/', 'outdoor/'],
+    'dtd': ['banded/', 'zigzagged/'],
+    'eurosat': ['AnnualCrop/', 'Forest/', 'HerbaceousVegetation/', 'Highway/', 'Industrial/',
+                'Pasture/', 'PermanentCrop/', 'Residential/', 'River/', 'SeaLake/'],
+    'ucf101': ['Apply_Eye_Makeup/v_ApplyEye', 'Handstand_Pushups/v_HandStand', 'Yo_Yo/v_YoYo'],
+    'imagenetv2': [f'{i}/' for i in range(12)],
+    'imagenet_sketch': WNIDS,
+    'imagenet_a': WNIDS[1:],
+    'imagenet_r': WNIDS[::2],
+    'pacs': ['dog/', 'elephant/', 'guitar/'],
+    'vlcs': [f'{i}/' for i in range(5)],
+    'office_home': ['alarm_clock/', 'Backpack/'],
+    'domainnet': ['aircraft_carrier/', 't-shirt/'],
 }
 
 def lay(root, name):
@@ -286,21 +275,13 @@ def test_the_list_is_complete():
     assert len(PUBLIC) == 19
     assert set(EXPECT) == set(PUBLIC)
     assert {k: TEMPLATES[k] for k in PUBLIC} == {k: p.template for k, p in PUBLIC.items()}
-    assert {k: tuple(v)
-            for k, v in TASKS.items()
-            if k in PUBLIC} == {k: p.domains
-                                for k, p in PUBLIC.items()
-                                if p.domains}
-    assert [p.split for p in PUBLIC.values() if p.split] == [
-        f'split_zhou_{n}.json' for n in
-        'Caltech101 OxfordPets StanfordCars OxfordFlowers Food101 '
-        'SUN397 DescribableTextures EuroSAT UCF101'
-        .split()
-    ]
-    assert all(
-        hasattr(torchvision.datasets, p.torchvision) and p.fetched
-        for p in PUBLIC.values()
-        if p.torchvision)
+    tasks = {k: tuple(v) for k, v in TASKS.items() if k in PUBLIC}
+    assert tasks == {k: p.domains for k, p in PUBLIC.items() if p.domains}
+    names = ('Caltech101 OxfordPets StanfordCars OxfordFlowers Food101 SUN397 DescribableTextures '
+             'EuroSAT UCF101').split()
+    assert [p.split for p in PUBLIC.values() if p.split] == [f'split_zhou_{n}.json' for n in names]
+    known = [p for p in PUBLIC.values() if p.torchvision]
+    assert all(hasattr(torchvision.datasets, p.torchvision) and p.fetched for p in known)
     assert all(p.get.startswith('https://') for p in PUBLIC.values())
     with pytest.raises(Exception): PUBLIC['dtd'].classes = 1
 
@@ -317,9 +298,9 @@ def test_each_reader(shelf, name, task):
     paths = {p: [i.path for i in getattr(data, p)] for p in PARTS}
     assert all(len(set(v)) == len(v) for v in paths.values())
     assert not set(paths['train']) & set(paths['val'])
-    assert set(paths['test']) == set(paths['train'] +
-                                     paths['val']) if 'tested on both' in data.split else not set(
-                                         paths['test']) & set(paths['train'] + paths['val'])
+    trained, tested = set(paths['train'] + paths['val']), set(paths['test'])
+    if 'tested on both' in data.split: assert tested == trained
+    else: assert not tested & trained
     for item in data.train + data.val + data.test if name in SHOWS else []:
         assert f'/{SHOWS[name][item.label]}' in Path(item.path).as_posix()
     assert data.read(data.test[0]).size == (8, 8)
@@ -339,8 +320,8 @@ def test_root_is_handed_on(shelf, tmp_path):
     for name in ('eurosat', 'pacs/sketch'):
         root = shelf[name.partition('/')[0]]
         works('train', name, '--root', root, '--epochs', 1, '--out', tmp_path/'p')
-        assert f'on {load_dataset(*name.split("/"), root=root)}:' in works(
-            'evaluate', tmp_path/'p', name, '--root', root).out
+        said = f'on {load_dataset(*name.split("/"), root=root)}:'
+        assert said in works('evaluate', tmp_path/'p', name, '--root', root).out
     refused('evaluate', tmp_path/'p', 'pacs', '--root', shelf['pacs'], says=['in a shell pacs/'])
     refused('compare', '--task', 'pacs', '--root', shelf['pacs'], says=['pacs/'])
 
@@ -355,21 +336,17 @@ def test_the_published_split_goes_first(shelf, name, tmp_path):
     images = shelf[name]/p.folder/p.images
     (tmp_path/p.folder/p.images).parent.mkdir(parents=True, exist_ok=True)
     os.symlink(images, tmp_path/p.folder/p.images, target_is_directory=True)
-    entries = {
-        part: [[
-            Path(i.path).relative_to(images).as_posix(), i.label,
-            ours.classnames[i.label].replace(' ', '_')
-        ] for i in getattr(ours, part)][::-1]
-        for part in PARTS
-    }
+    entry = lambda i: [Path(i.path).relative_to(images).as_posix(), i.label,
+                       ours.classnames[i.label].replace(' ', '_')]
+    entries = {part: [entry(i) for i in getattr(ours, part)][::-1] for part in PARTS}
     text((tmp_path if not p.images else tmp_path/p.folder)/p.split, [json.dumps(entries)])
     data = load_dataset(name, root=tmp_path)
     assert data.split == p.split
     assert data.classnames == ours.classnames
     assert data.fingerprint != ours.fingerprint
     for part in PARTS:
-        assert [(Path(i.path).name, i.label) for i in getattr(data, part)
-                ] == [(Path(i.path).name, i.label) for i in getattr(ours, part)][::-1]
+        listed = lambda d: [(Path(i.path).name, i.label) for i in getattr(d, part)]
+        assert listed(data) == listed(ours)[::-1]
 
 
 @differs
@@ -384,8 +361,8 @@ def test_own_splits_are_seeded_and_stratified(shelf, tmp_path):
 
 @differs
 def test_cars_and_flowers_by_hand(shelf):
-    cars, flowers = load_dataset('stanford_cars', root=shelf['stanford_cars']), load_dataset(
-        'oxford_flowers', root=shelf['oxford_flowers'])
+    cars = load_dataset('stanford_cars', root=shelf['stanford_cars'])
+    flowers = load_dataset('oxford_flowers', root=shelf['oxford_flowers'])
     assert all(i.label == int(Path(i.path).stem) % 2 for i in cars.train + cars.test)
     assert {Path(i.path).parent.name for i in cars.test} == {'cars_test'}
     assert all(i.label == (int(Path(i.path).stem[6:]) <= 10)
@@ -417,34 +394,30 @@ def test_leave_one_domain_out(shelf):
     few = data.few_shot(2)
     assert len(few.train) == 2*3*3
     assert len(few.val) == 3*3
-    assert {i.domain
-            for i in few.train} == {'art_painting', 'cartoon', 'photo'
-                                    } == {i.domain
-                                          for i in few.val}
-    by_hand = join(
-        [load_dataset('pacs', t, root=root) for t in ('art_painting', 'cartoon', 'photo')],
-        load_dataset('pacs', 'sketch', root=root))
-    assert by_hand.origin == data.origin == dict(
-        name='pacs', root=str(root), task='sketch', sources=['art_painting', 'cartoon', 'photo'])
+    sources = ['art_painting', 'cartoon', 'photo']
+    for items in (few.train, few.val): assert {i.domain for i in items} == set(sources)
+    by_hand = join([load_dataset('pacs', t, root=root) for t in sources],
+                   load_dataset('pacs', 'sketch', root=root))
+    origin = dict(name='pacs', root=str(root), task='sketch', sources=sources)
+    assert by_hand.origin == data.origin == origin
     assert load_dataset(**few.origin).fingerprint == data.fingerprint == by_hand.fingerprint
     two = load_dataset('pacs', 'sketch', root=root, sources=['photo', 'cartoon'])
     assert {i.domain for i in two.train} == {'photo', 'cartoon'}
     assert two.origin['sources'] == ['photo', 'cartoon']
-    assert {i.domain
-            for i in load_dataset('pacs', 'sketch', root=root, sources='photo').train} == {'photo'}
+    one = load_dataset('pacs', 'sketch', root=root, sources='photo')
+    assert {i.domain for i in one.train} == {'photo'}
 
 
 def test_domains_of_pictograms_join_as_well():
     data = load_dataset(sources='rest')
     # styles has nothing to train on
     assert {i.domain for i in data.train} == {'icons', 'edges', 'rotated'} and data.task == 'pixels'
-    assert data.origin == dict(name='pictograms',
-                               task='pixels',
+    assert data.origin == dict(name='pictograms', task='pixels',
                                sources=['icons', 'edges', 'rotated'])
     assert load_dataset(**data.origin).fingerprint == data.fingerprint
     assert load_dataset().origin == dict(name='pictograms')
-    assert load_dataset('emoji', 'edges').few_shot(1, allow_fewer=True).origin == dict(name='emoji',
-                                                                                       task='edges')
+    few = load_dataset('emoji', 'edges').few_shot(1, allow_fewer=True)
+    assert few.origin == dict(name='emoji', task='edges')
     assert join([load_dataset(task='icons')],
                 load_dataset(task='styles')).origin['sources'] == ['icons']
 
@@ -508,8 +481,8 @@ def test_skip_broken_decodes_and_names(tmp_path):
 def published():
     """The published split of Caltech101 (folder, label, name, numbers of the pictures) and digests
     of the nine published lists of few shots"""
-    return json.loads(
-        lzma.decompress((Path(__file__).parent/'published'/'caltech101.json.xz').read_bytes()))
+    path = Path(__file__).parent/'published'/'caltech101.json.xz'
+    return json.loads(lzma.decompress(path.read_bytes()))
 
 
 @pytest.fixture(scope='module')
@@ -539,8 +512,8 @@ def test_caltech_counts(caltech):
     assert caltech.classnames[:5] == ['face', 'leopard', 'motorbike', 'accordion', 'airplane']
     assert caltech.classnames[-1] == 'yin yang'
     base, new = caltech.base(), caltech.new()
-    assert (len(base.classnames), len(new.classnames), len(base.test), len(new.test)) == (50, 50,
-                                                                                          1549, 916)
+    assert (len(base.classnames), len(new.classnames)) == (50, 50)
+    assert (len(base.test), len(new.test)) == (1549, 916)
     assert len(base.val)+len(new.val) == 1649
     assert {i.label for i in new.val} == set(range(50))
 
@@ -549,8 +522,10 @@ def test_caltech_counts(caltech):
 @pytest.mark.parametrize('seed', [1, 2, 3])
 def test_the_published_few_shots(caltech, published, shots, seed):
     few = caltech.few_shot(shots, seed)
-    digest = lambda items: hashlib.sha256('\n'.join('/'.join(
-        i.path.replace('\\', '/').split('/')[-2:]) for i in items).encode()).hexdigest()[:16]
+
+    def digest(items):
+        names = ['/'.join(i.path.replace('\\', '/').split('/')[-2:]) for i in items]
+        return hashlib.sha256('\n'.join(names).encode()).hexdigest()[:16]
     assert [digest(few.train), digest(few.val)] == published['few_shot'][f'{shots} {seed}']
     assert len(few.val) == 100*min(shots, 4) and few.test == caltech.test
 
@@ -568,15 +543,15 @@ def test_validation_pictures_change_nothing_else(caltech):
 
 
 @needs_archives
-@pytest.mark.parametrize('name,file', [('dtd', 'DescribableTextures'), ('eurosat', 'EuroSAT'),
-                                       ('oxford_flowers', 'OxfordFlowers'),
-                                       ('oxford_pets', 'OxfordPets'),
-                                       ('stanford_cars', 'StanfordCars'), ('ucf101', 'UCF101')])
+@pytest.mark.parametrize('name,file', [
+    ('dtd', 'DescribableTextures'), ('eurosat', 'EuroSAT'), ('oxford_flowers', 'OxfordFlowers'),
+    ('oxford_pets', 'OxfordPets'), ('stanford_cars', 'StanfordCars'), ('ucf101', 'UCF101')])
 def test_other_published_splits(tmp_path, monkeypatch, name, file):
     "Their counts are those in PUBLIC, so nothing is warned of"
     (folder := tmp_path/PUBLIC[name].folder/PUBLIC[name].images).mkdir(parents=True)
-    (folder.parent if PUBLIC[name].images else folder).joinpath(PUBLIC[name].split).write_bytes(
-        gzip.decompress((SHELF/'splits'/f'split_zhou_{file}.json.gz').read_bytes()))
+    home = folder.parent if PUBLIC[name].images else folder
+    packed = (SHELF/'splits'/f'split_zhou_{file}.json.gz').read_bytes()
+    (home/PUBLIC[name].split).write_bytes(gzip.decompress(packed))
     monkeypatch.setattr(data_module, '_missing', lambda paths: [])
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -605,9 +580,8 @@ def test_caltech_archive(archives, caltech):
     assert image.shape == (3, 32, 32) and label == 3
     for shots in (1, 4, 16):   # against the lists themselves, not their digests
         for seed in (1, 2, 3):
-            listed = json.loads(
-                gzip.decompress((SHELF/'fewshot_indices'/
-                                 f'caltech101_shot_{shots}-seed_{seed}.json.gz').read_bytes()))
+            file = SHELF/'fewshot_indices'/f'caltech101_shot_{shots}-seed_{seed}.json.gz'
+            listed = json.loads(gzip.decompress(file.read_bytes()))
             for part in ('train', 'val'):
                 def short(path): return path.rpartition('101_ObjectCategories')[2]
                 drawn = getattr(data.few_shot(shots, seed), part)
@@ -623,8 +597,8 @@ def test_caltech_without_its_split(archives, tmp_path):
                tmp_path/'caltech-101'/'101_ObjectCategories')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        ours, theirs = load_dataset('caltech101', root=tmp_path), load_dataset('caltech101',
-                                                                               root=archives)
+        ours = load_dataset('caltech101', root=tmp_path)
+        theirs = load_dataset('caltech101', root=archives)
     assert ours.classnames == theirs.classnames
     assert ours.split.startswith('own')
     assert ours.fingerprint != theirs.fingerprint
@@ -680,9 +654,8 @@ def test_download(tmp_path, monkeypatch, name):
     data = load_dataset(name, root=root, download=True)
     assert tuple(len(getattr(data, p)) for p in PARTS) == EXPECT[name][0]
     assert data.classnames == EXPECT[name][1]
-    assert load_dataset(
-        name, root=root,
-        download=True).fingerprint == data.fingerprint == load_dataset(**data.origin).fingerprint
+    again = load_dataset(name, root=root, download=True)
+    assert again.fingerprint == data.fingerprint == load_dataset(**data.origin).fingerprint
     assert calls == [(str(root), True)]
     if PUBLIC[name].split:   # the published split on top
         images = root/PUBLIC[name].fetched
@@ -707,10 +680,9 @@ def test_download_that_fails(tmp_path, monkeypatch, error):
     one_line(e, 'eurosat', type(error).__name__, 'https://')
 
 
-@pytest.mark.parametrize('name,says', [('ucf101', 'torchvision cannot fetch ucf101'),
-                                       ('stanford_cars', 'torchvision cannot fetch'),
-                                       ('pictograms', 'nothing to download'),
-                                       ('some/folder', 'nothing to download')])
+@pytest.mark.parametrize('name,says', [
+    ('ucf101', 'torchvision cannot fetch ucf101'), ('stanford_cars', 'torchvision cannot fetch'),
+    ('pictograms', 'nothing to download'), ('some/folder', 'nothing to download')])
 def test_nothing_to_download(tmp_path, name, says):
     with pytest.raises(DataError) as e: load_dataset(name, root=tmp_path, download=True)
     one_line(e, says)
@@ -846,8 +818,7 @@ ENTRY = ['a/1.jpg', 0, 'ant']
 
 
 def split(**parts):
-    return dict(train=[['a/1.jpg', 0, 'ant'], ['b/1.jpg', 1, 'bee']],
-                val=[['a/2.jpg', 0, 'ant']],
+    return dict(train=[['a/1.jpg', 0, 'ant'], ['b/1.jpg', 1, 'bee']], val=[['a/2.jpg', 0, 'ant']],
                 test=[['a/3.jpg', 0, 'ant'], ['b/3.jpg', 1, 'bee']]) | parts
 
 @pytest.fixture
@@ -856,8 +827,8 @@ def dtd_root(tmp_path):
     return tmp_path
 
 def load_split(root, content):
-    (root/'dtd'/
-     PUBLIC['dtd'].split).write_text(content if isinstance(content, str) else json.dumps(content))
+    said = content if isinstance(content, str) else json.dumps(content)
+    (root/'dtd'/PUBLIC['dtd'].split).write_text(said)
     return load_dataset('dtd', root=root)
 
 
@@ -906,21 +877,14 @@ def test_split_that_cannot_be_trusted(dtd_root, content, says):
 
 @st.composite
 def valid_splits(draw):
-    names = draw(
-        st.lists(st.text('abc _-é', min_size=1,
-                         max_size=6).filter(lambda n: n.replace('_', ' ').strip()),
-                 min_size=2,
-                 max_size=4))
-    pictures = draw(
-        st.lists(st.sampled_from([f'{f}/{i}.jpg' for f in 'abc' for i in range(12)]),
-                 min_size=2*len(names),
-                 max_size=30,
-                 unique=True))
-    labels = [*range(len(names))]*2 + draw(
-        st.lists(st.integers(0,
-                             len(names) - 1), min_size=30, max_size=30))
-    where = ['train']*len(names) + ['test']*len(names) + draw(
-        st.lists(st.sampled_from(PARTS), min_size=30, max_size=30))
+    name = st.text('abc _-é', min_size=1, max_size=6)
+    name = name.filter(lambda n: n.replace('_', ' ').strip())
+    names = draw(st.lists(name, min_size=2, max_size=4))
+    paths = st.sampled_from([f'{f}/{i}.jpg' for f in 'abc' for i in range(12)])
+    pictures = draw(st.lists(paths, min_size=2*len(names), max_size=30, unique=True))
+    thirty = lambda values: draw(st.lists(values, min_size=30, max_size=30))
+    labels = [*range(len(names))]*2 + thirty(st.integers(0, len(names) - 1))
+    where = ['train']*len(names) + ['test']*len(names) + thirty(st.sampled_from(PARTS))
     entries = [(p, [path, l, names[l]]) for path, l, p in zip(pictures, labels, where)]
     return {part: [e for p, e in entries if p == part] for part in PARTS}
 
@@ -932,8 +896,7 @@ def pool(tmp_path_factory):
     return root
 
 
-quick = settings(max_examples=60,
-                 deadline=None,
+quick = settings(max_examples=60, deadline=None,
                  suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 @differs
@@ -945,9 +908,8 @@ def test_valid_splits_load_as_written(pool, parts):
         assert [[i.path[len(str(pool/'dtd'/'images')) + 1:], i.label]
                 for i in getattr(data, part)] == [e[:2] for e in parts[part]]
     names = {l: n for p in PARTS for _, l, n in parts[p]}
-    assert data.classnames == [
-        ' '.join(names[l].replace('_', ' ').split()) for l in range(len(names))
-    ]
+    assert data.classnames == [' '.join(names[l].replace('_', ' ').split())
+                               for l in range(len(names))]
 
 
 JSON = st.recursive(

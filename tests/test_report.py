@@ -16,15 +16,9 @@ def test_hits_round_trip(hits): assert unpack_hits(pack_hits(torch.tensor(hits))
 
 
 def rows(**hits): # method -> one list of hits per seed
-    return pd.DataFrame([
-        dict(task='t',
-             shots=16,
-             method=m,
-             seed=s,
-             hits_base=pack_hits(torch.tensor(h, dtype=torch.bool)))
-        for m, hs in hits.items()
-        for s, h in enumerate(hs, 1)
-    ])
+    packed = lambda h: pack_hits(torch.tensor(h, dtype=torch.bool))
+    return pd.DataFrame([dict(task='t', shots=16, method=m, seed=s, hits_base=packed(h))
+                         for m, hs in hits.items() for s, h in enumerate(hs, 1)])
 
 
 def test_paired_averages_seeds_and_pairs_images():
@@ -46,8 +40,8 @@ def test_pairing_is_what_makes_it_sharp():
     line = paired(rows(a=[better.tolist()], b=[hard.tolist()], c=[g.permutation(hard).tolist()]),
                   'b').set_index('method')
     assert line.loc['a', 'low'] > 0
-    assert line.loc['c', 'high'] - line.loc['c', 'low'] > 3*(line.loc['a', 'high'] -
-                                                             line.loc['a', 'low'])
+    width = line['high'] - line['low']
+    assert width['c'] > 3*width['a']
 
 
 def test_only_common_seeds_and_known_hits_count():
@@ -87,10 +81,10 @@ def test_every_budget_follows_the_rule(name):
         'variational-cocoop': (2, 8, 2, .02)
     }
     image = 10, 32, None, theirs.lr if theirs.batch_size == 32 else .005
-    assert (ours.epochs, ours.batch_size, ours.views,
-            ours.lr) == (image if m.cls.learns_image else kinds.get(name, (50, 32, 8, theirs.lr)))
-    assert (ours.weight_decay, ours.momentum, ours.select) == (theirs.weight_decay, theirs.momentum,
-                                                               'last')
+    expected = image if m.cls.learns_image else kinds.get(name, (50, 32, 8, theirs.lr))
+    assert (ours.epochs, ours.batch_size, ours.views, ours.lr) == expected
+    assert (ours.weight_decay, ours.momentum) == (theirs.weight_decay, theirs.momentum)
+    assert ours.select == 'last'
     assert ours.source.startswith(theirs.source)
     assert ours.warmup_epochs == (0 if name == 'variational-cocoop' else theirs.warmup_epochs)
     assert isinstance(budget(m.cls), Recipe)
@@ -119,8 +113,8 @@ def test_several_shots_make_a_curve():
     assert ax.get_xscale() == 'log'
     assert [line.get_color() for line in drawn] == [colour('coop'), colour('vpt')]
     for line in drawn:
-        assert line.get_xdata().tolist() == [1, 2, 4
-                                             ] and line.get_ydata().tolist() == [11.5, 21.5, 41.5]
+        assert line.get_xdata().tolist() == [1, 2, 4]
+        assert line.get_ydata().tolist() == [11.5, 21.5, 41.5]
     ax = plot(rows[rows.shots == 2]).axes[0]
     assert ax.get_title(loc='left') == 't, 2 shots: accuracy'
     assert [t.get_text() for t in ax.get_yticklabels()] == ['coop', 'vpt']

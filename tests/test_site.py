@@ -72,8 +72,7 @@ def site(tmp_path_factory):
     "Folder of the pages"
     if 'SITE' in os.environ: return Path(os.environ['SITE']).resolve()
     out = tmp_path_factory.mktemp('site')
-    r = subprocess.run([sys.executable, ROOT/'tools'/'pages.py', out],
-                       capture_output=True,
+    r = subprocess.run([sys.executable, ROOT/'tools'/'pages.py', out], capture_output=True,
                        text=True)
     assert r.returncode == 0, r.stderr
     return out
@@ -85,8 +84,8 @@ def address(site):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
 
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0),
-                                             functools.partial(Quiet, directory=str(site)))
+    handler = functools.partial(Quiet, directory=str(site))
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{server.server_address[1]}/'
     server.shutdown()
@@ -162,8 +161,8 @@ def test_nothing_is_missing_and_no_script_fails(looked):
 def test_code_fits_a_laptop(looked):
     blocks = [over for s in looked.values() for over in s['blocks']]
     scrolling = sum(over > 1 for over in blocks)
-    assert len(blocks) > 500 and scrolling <= .05*len(
-        blocks), f'{scrolling} of {len(blocks)} blocks scroll sideways'
+    said = f'{scrolling} of {len(blocks)} blocks scroll sideways'
+    assert len(blocks) > 500 and scrolling <= .05*len(blocks), said
 
 
 def test_no_page_is_wider_than_the_screen(looked):
@@ -195,9 +194,8 @@ def test_links_are_alive(looked, site):
 
 def test_one_title_and_headings_in_order(looked):
     assert not bad(looked, lambda s: s['headings'].count(1) != 1 and s['headings'])
-    assert not bad(
-        looked,
-        lambda s: [pair for pair in zip(s['headings'], s['headings'][1:]) if pair[1] > pair[0] + 1])
+    pairs = lambda s: zip(s['headings'], s['headings'][1:])
+    assert not bad(looked, lambda s: [(a, b) for a, b in pairs(s) if b > a + 1])
 
 
 def test_every_figure_has_words(looked):

@@ -141,11 +141,8 @@ def test_failures_are_tried_again_and_reported(runs, tmp_path, monkeypatch):
     told = list((tmp_path/'failed').iterdir())
     assert len(told) == 1
     assert 'is full' in told[0].read_text()
-    assert Run(
-        **{
-            k: tuple(v) if k == 'targets' else v
-            for k, v in json.loads(told[0].read_text().splitlines()[0]).items()
-        }) == some[2]
+    said = json.loads(told[0].read_text().splitlines()[0])
+    assert Run(**{k: tuple(v) if k == 'targets' else v for k, v in said.items()}) == some[2]
     monkeypatch.setattr(sweep_module, '_do', do)
     assert len(sweep(some, tmp_path, progress=False).records) == 3
     assert not list((tmp_path/'failed').iterdir())
@@ -179,12 +176,9 @@ print('finished', flush=True)
 
 def worker(out, runs):
     text = json.dumps([vars(r) for r in runs])
-    return subprocess.Popen(
-        [sys.executable, '-c', WORKER, str(out), text],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | dict(OMP_NUM_THREADS='1'))
+    return subprocess.Popen([sys.executable, '-c', WORKER, str(out), text], stdout=subprocess.PIPE,
+                            text=True, start_new_session=True,
+                            env=os.environ | dict(OMP_NUM_THREADS='1'))
 
 
 def test_two_workers_share_a_folder(runs, whole, tmp_path):
@@ -210,14 +204,11 @@ def test_kill_9_at_any_moment(runs, whole, tmp_path, seed):
 def test_a_lock_is_respected_and_dies_with_its_owner(runs, tmp_path):
     name = load_run(runs[0]).name
     (tmp_path/'locks').mkdir()
-    held = subprocess.Popen([
-        sys.executable, '-c',
-        'from filelock import FileLock; import time; '
-        f"l=FileLock({str(tmp_path/'locks'/name)!r}+'.lock'); l.acquire(); "
-        "print('held', flush=True); time.sleep(600)"
-    ],
-                            stdout=subprocess.PIPE,
-                            text=True)
+    lock = str(tmp_path/'locks'/name)
+    code = ('from filelock import FileLock; import time; '
+            f"l=FileLock({lock!r}+'.lock'); l.acquire(); "
+            "print('held', flush=True); time.sleep(600)")
+    held = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     assert held.stdout.readline() == 'held\n' and attempt(runs[0], tmp_path) == ('busy', '')
     held.kill(); held.wait()
     assert attempt(runs[0], tmp_path)[0] == 'done'
@@ -236,14 +227,10 @@ print('finished', len(left.records), len(left.failed), flush=True)
 '''
 
 def driver(out, runs):
-    return subprocess.Popen(
-        [sys.executable, '-c', DRIVER,
-         str(out), json.dumps([vars(r) for r in runs])],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        env=os.environ | dict(OMP_NUM_THREADS='1', RAY_USAGE_STATS_ENABLED='0'))
+    args = str(out), json.dumps([vars(r) for r in runs])
+    env = os.environ | dict(OMP_NUM_THREADS='1', RAY_USAGE_STATS_ENABLED='0')
+    return subprocess.Popen([sys.executable, '-c', DRIVER, *args], stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL, text=True, start_new_session=True, env=env)
 
 def children(pid): # all processes below one, by their ids
     below = {}
@@ -404,38 +391,35 @@ def test_text_stays_text(rec, tmp_path):
 
 def test_names_in_a_table_are_apart(photos, tmp_path):
     other = shutil.copytree(photos, tmp_path/'b'/'photos')
-    for call in (
-            lambda: compare(
-                ['zero-shot'], shots=[1], tasks=[str(photos), str(other)], progress=False),
-            lambda: sweep(grid(['zero-shot'], [str(photos), str(other)], shots=[1]),
-                          tmp_path/'out',
-                          progress=False),
-            lambda: record(METHODS['zero-shot'],
-                           'cross',
-                           load_backbone(device='cpu'),
-                           load_dataset(task='icons'),
-                           1,
-                           targets=[load_dataset(photos), load_dataset(other)])):
+    tasks = [str(photos), str(other)]
+
+    def recorded():
+        return record(METHODS['zero-shot'], 'cross', load_backbone(device='cpu'),
+                      load_dataset(task='icons'), 1,
+                      targets=[load_dataset(photos), load_dataset(other)])
+
+    for call in (lambda: compare(['zero-shot'], shots=[1], tasks=tasks, progress=False),
+                 lambda: sweep(grid(['zero-shot'], tasks, shots=[1]), tmp_path/'out',
+                               progress=False),
+                 recorded):
         with pytest.raises(ValueError) as e: call()
         one_line(e, "'photos'", 'rename')
 
 
 def test_targets_are_for_cross(photos, tmp_path):
-    for call in (lambda: record(
-            METHODS['zero-shot'],
-            'few-shot',
-            load_backbone(device='cpu'),
-            load_dataset(photos),
-            1,
-            targets=[load_dataset(photos)]
-    ), lambda: compare(
-        ['zero-shot'], shots=[1], protocol_name='few-shot', tasks=[str(photos)], targets=['emoji'])
-                 ):
+    def recorded():
+        return record(METHODS['zero-shot'], 'few-shot', load_backbone(device='cpu'),
+                      load_dataset(photos), 1, targets=[load_dataset(photos)])
+
+    def compared():
+        return compare(['zero-shot'], shots=[1], protocol_name='few-shot', tasks=[str(photos)],
+                       targets=['emoji'])
+
+    for call in (recorded, compared):
         with pytest.raises(ValueError) as e: call()
         one_line(e, 'few-shot', 'no targets', 'cross')
     both = sweep(grid(['zero-shot'], ['icons'], ['few-shot', 'cross'], [1], [1], targets=['emoji']),
-                 tmp_path,
-                 progress=False)
+                 tmp_path, progress=False)
     assert len(both.records) == 2
     assert not both.failed
     assert sorted(r['protocol'] for r in both.records) == ['cross', 'few-shot']
@@ -458,8 +442,8 @@ def test_paths_in_full_and_names_as_they_are(photos, monkeypatch):
                 seeds=[1],
                 root='~/data',
                 targets=['emoji', 'photos'])
-    assert (run.task, run.root, run.targets) == (str(photos), os.path.expanduser('~/data'),
-                                                 ('emoji', str(photos)))
+    assert (run.task, run.root) == (str(photos), os.path.expanduser('~/data'))
+    assert run.targets == ('emoji', str(photos))
     assert grid(['zero-shot'], ['pacs/sketch'], seeds=[1])[0].task == 'pacs/sketch'
 
 
@@ -517,8 +501,8 @@ def test_order_is_that_of_the_list(runs, tmp_path, monkeypatch):
     some, here = [r for r in runs if r.method == 'zero-shot'], sweep_module._here
     monkeypatch.setattr(sweep_module, '_here',
                         lambda todo, *args, **kwargs: here(todo[::-1], *args, **kwargs))
-    assert [(r['protocol'], r['seed']) for r in sweep(some, tmp_path, progress=False).records
-            ] == [(r.protocol, r.seed) for r in some]
+    records = sweep(some, tmp_path, progress=False).records
+    assert [(r['protocol'], r['seed']) for r in records] == [(r.protocol, r.seed) for r in some]
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -546,17 +530,10 @@ def test_sweep_from_a_shell(photos, tmp_path):
     assert {r['run'] for r in read_records(tmp_path/'again.csv')} == {rows.run[0], rows.run[1]}
     before = (tmp_path/'results.csv').read_text()
     works('rerun', tmp_path, '--run', rows.run[0], '--out', tmp_path/'results.csv')
-    assert sorted(map(tuple,
-                      pd.read_csv(io.StringIO(before)).fillna(0).values)) == sorted(
-                          map(tuple,
-                              pd.read_csv(tmp_path/'results.csv').fillna(0).values))
+    values = lambda file: sorted(map(tuple, pd.read_csv(file).fillna(0).values))
+    assert values(io.StringIO(before)) == values(tmp_path/'results.csv')
     (tmp_path/'mine.csv').write_text('a,b\n1,2\n')
-    refused('rerun',
-            tmp_path,
-            '--run',
-            rows.run[0],
-            '--out',
-            tmp_path/'mine.csv',
+    refused('rerun', tmp_path, '--run', rows.run[0], '--out', tmp_path/'mine.csv',
             says=['mine.csv', 'not written by', 'choose another'])
 
 
@@ -569,8 +546,8 @@ def test_compare_and_sweep_in_one_folder(photos, tmp_path):
     works('compare', '--methods', 'zero-shot', *args)
     works('sweep', '--methods', 'linear-probe', *args)
     works('compare', '--methods', 'zero-shot-best', *args)
-    assert pd.read_csv(
-        tmp_path/'results.csv').method.tolist() == ['zero-shot', 'linear-probe', 'zero-shot-best']
+    methods = pd.read_csv(tmp_path/'results.csv').method.tolist()
+    assert methods == ['zero-shot', 'linear-probe', 'zero-shot-best']
 
 
 def test_an_empty_folder_holds_no_records(tmp_path):
@@ -578,11 +555,7 @@ def test_an_empty_folder_holds_no_records(tmp_path):
 
 
 def test_shares_of_a_cluster_without_one():
-    refused('sweep',
-            '--methods',
-            'zero-shot',
-            '--targets',
-            'emoji',
+    refused('sweep', '--methods', 'zero-shot', '--targets', 'emoji',
             says=["only protocol 'cross' has targets", '--targets'])
     for given in ('--gpus', '--cpus'):
         refused('sweep', '--methods', 'zero-shot', given, '1', says=['--ray local', given])
@@ -613,15 +586,14 @@ def test_a_plan_names_the_runs_that_cannot_be(photos, tmp_path):
 
 def test_usual_shots():
     "compare and sweep mean the same where nobody says how many"
-    assert {(r.protocol, r.shots)
-            for r in grid(['coop'], protocols=['few-shot', 'base-to-new', 'cross', 'domain'])
-            } == {('few-shot', 16), ('base-to-new', 16), ('cross', 16), ('domain', 4)}
+    usual = grid(['coop'], protocols=['few-shot', 'base-to-new', 'cross', 'domain'])
+    assert {(r.protocol, r.shots) for r in usual} == {
+        ('few-shot', 16), ('base-to-new', 16), ('cross', 16), ('domain', 4)}
 
 
-@pytest.mark.parametrize('error,tries', [(OSError('gone'), 3), (DataNotFound('no file'), 3),
-                                         (RuntimeError('out of memory'), 3),
-                                         (ValueError('wrong'), 1),
-                                         (FloatingPointError('loss is nan'), 1)])
+@pytest.mark.parametrize('error,tries', [
+    (OSError('gone'), 3), (DataNotFound('no file'), 3), (RuntimeError('out of memory'), 3),
+    (ValueError('wrong'), 1), (FloatingPointError('loss is nan'), 1)])
 def test_what_another_try_may_change_is_tried_again(error, tries, tmp_path, monkeypatch):
     seen = []
     def fail(*args): seen.append(args); raise error
@@ -657,17 +629,15 @@ def test_the_papers_arguments(method, protocol, dataset, hparams):
     "A recipe alone is not the published setting"
     m = find_method(method, 'paper', protocol, 16, dataset)
     assert m.hparams == hparams
-    assert m.planned(protocol, 16, dataset) == m.cls.recipe(
-        {'cross': 'cross-dataset', 'domain': 'domain-generalisation'}.get(protocol,
-                                                                          protocol), 16, dataset)
+    name = {'cross': 'cross-dataset', 'domain': 'domain-generalisation'}.get(protocol, protocol)
+    assert m.planned(protocol, 16, dataset) == m.cls.recipe(name, 16, dataset)
 
 
 def test_a_domain_of_a_table_is_a_task(photos, tmp_path, monkeypatch):
     """TABLE/DOMAIN: alone, or unseen under protocol domain; by the shell, by compare and by rerun
     the same"""
-    rows = [
-        f'{p},{p.parent.name},{"ab"[i % 2]}' for i, p in enumerate(sorted(photos.glob('*/*.png')))
-    ]
+    files = sorted(photos.glob('*/*.png'))
+    rows = [f'{p},{p.parent.name},{"ab"[i % 2]}' for i, p in enumerate(files)]
     (tmp_path/'t.csv').write_text('\n'.join(['path,label,domain', *rows]))
     monkeypatch.chdir(tmp_path)
     works('sweep', '--task', 't.csv/b', '--methods', 'zero-shot,coop', '--protocol',
@@ -679,16 +649,9 @@ def test_a_domain_of_a_table_is_a_task(photos, tmp_path, monkeypatch):
         assert r['data']['name'] == str(tmp_path/'t.csv')
         assert {i.domain for i in data.test} == {'b'}
         assert {i.domain for i in data.train} == {'a' if r['protocol'] == 'domain' else 'b'}
-    again = compare(['coop'],
-                    shots=[2],
-                    protocol_name='domain',
-                    tasks=['t.csv/b'],
-                    epochs=1,
+    again = compare(['coop'], shots=[2], protocol_name='domain', tasks=['t.csv/b'], epochs=1,
                     progress=False).iloc[0].to_dict()
-    assert {k: again[k]
-            for k in ('run', 'accuracy', 'hits_accuracy')
-            } == {k: by['coop', 'domain'][k]
-                  for k in ('run', 'accuracy', 'hits_accuracy')}
+    for k in ('run', 'accuracy', 'hits_accuracy'): assert again[k] == by['coop', 'domain'][k]
     assert rerun(by['coop', 'domain'], METHODS['coop'].cls)['accuracy'] == again['accuracy']
     alone, apart = (works('train', 't.csv', '--task', 'b', *more, '--shots', '2', '--epochs',
                           '1').out for more in ((), ('--sources', 'rest')))
@@ -697,11 +660,7 @@ def test_a_domain_of_a_table_is_a_task(photos, tmp_path, monkeypatch):
     refused('train', 't.csv', '--task', 'b', '--sources', 'c', says=["'c'", 'a, b'])
     refused('train', 't.csv', '--sources', 'rest', says=['task', 'a, b'])
     refused('train', 't.csv', '--budget', 'big', says=["unknown budget 'big'"])
-    refused('compare',
-            '--protocol',
-            'domain',
-            '--task',
-            't.csv',
+    refused('compare', '--protocol', 'domain', '--task', 't.csv',
             says=["not 't.csv'", 'photos.csv/sketch'])
     refused('compare', '--task', 't.csv/c', says=["'c'", 'a, b'])
     refused('compare', '--task', 'u.csv/c', says=['u.csv/c', 'check the path'])
@@ -729,8 +688,5 @@ def test_bad_arguments(args, says, tmp_path, monkeypatch):
 def test_rerun_asks_which(whole, tmp_path):
     write_table(tmp_path/'results.csv', whole.records)
     refused('rerun', tmp_path/'results.csv', says=['12 records', '--run'])
-    refused('rerun',
-            tmp_path/'results.csv',
-            '--run',
-            'zzz',
+    refused('rerun', tmp_path/'results.csv', '--run', 'zzz',
             says=['0 of them begin with zzz', '--run'])

@@ -18,16 +18,17 @@ LONG = ('a small red bird with a very long tail that sits on the branch of an ol
         'in rain')
 NAMES = ['a', 'guide dog', 'eel', LONG, 'cat']   # tokens of each: WORDS
 WORDS = [1, 2, 1, 40, 1]
+NOUNS = ('cat dog bird tree house road river town rain tail boy branch eel fish cow pig ant '
+         'bee owl hen fox bat rat').split()
 LISTS = {
-    'one': ['guide dog'], 'equal lengths': ['guide dog', 'red bird', 'old tree'],
+    'one': ['guide dog'],
+    'equal lengths': ['guide dog', 'red bird', 'old tree'],
     'two of each length': ['cat', 'guide dog', 'eel', 'old tree'],
-    'beginnings of each other': ['dog', 'dog house', 'dog house roof'], 'long first': [LONG, 'cat'],
-    'two chunks of 128': [
-        f'{a} {b}'.strip() for a in ('', 'red', 'small old', 'big', 'very good', 'new') for b in
-        'cat dog bird tree house road river town rain tail boy branch '
-        'eel fish cow pig ant bee owl hen fox bat rat'
-        .split()
-    ]
+    'beginnings of each other': ['dog', 'dog house', 'dog house roof'],
+    'long first': [LONG, 'cat'],
+    'two chunks of 128': [f'{a} {b}'.strip()
+                          for a in ('', 'red', 'small old', 'big', 'very good', 'new')
+                          for b in NOUNS],
 }
 F32, F64 = torch.float32, torch.float64
 LIMIT = {F64: 1e-10, F32: 1e-5}
@@ -90,9 +91,8 @@ def outcome(tower, x, prompts):
     y = tower(x, prompts)
     leaves = prompts.tokens if isinstance(prompts.tokens, list) else [prompts.tokens]
     grads = torch.autograd.grad((y*noise(*y.shape, dtype=y.dtype, seed=5)).sum(), leaves)
-    return [
-        y.detach(), *(grads if len(leaves) > 1 or isinstance(prompts.tokens, list) else grads[0])
-    ]
+    listed = isinstance(prompts.tokens, list)
+    return [y.detach(), *(grads if listed else grads[0])]
 
 def agree(ours, theirs, limit=None):
     assert len(ours) == len(theirs)
@@ -144,14 +144,11 @@ def text_by_hand(clip, s, prompts):
 
 @depths
 @pytest.mark.parametrize('kind', [Prompts, Progressive])
-@pytest.mark.parametrize('position,csc', [('end', False), ('middle', False), ('front', False),
-                                          ('end', True), ('middle', True)])
+@pytest.mark.parametrize('position,csc', [
+    ('end', False), ('middle', False), ('front', False), ('end', True), ('middle', True)])
 def test_plain_text_by_hand(clip, position, csc, kind, depth):
-    s, p = place(clip, NAMES, 3, position), loud(3,
-                                                 clip.text_width,
-                                                 kind=kind,
-                                                 depth=depth,
-                                                 n_classes=5 if csc else None)
+    s = place(clip, NAMES, 3, position)
+    p = loud(3, clip.text_width, kind=kind, depth=depth, n_classes=5 if csc else None)
     agree(outcome(TextTower(clip, plain=True), s, p),
           outcome(lambda s, p: text_by_hand(clip, s, p), s, p))
 
@@ -172,15 +169,14 @@ def test_learned_words_equal_written_words(clip):
     """CoOp started from a phrase is, before training, the hand-written prompt; wherever the words
     stand"""
     learner = CoOp(clip, NAMES, ctx_init='a photo of a').double()
-    theirs = F.normalize(clip.model.encode_text(clip.tokenize([f'a photo of a {n}.' for n in NAMES
-                                                               ])),
-                         dim=-1)
+    ids = clip.tokenize([f'a photo of a {n}.' for n in NAMES])
+    theirs = F.normalize(clip.model.encode_text(ids), dim=-1)
     # the words pass through float32 parameters
     assert error(learner.text_features(), theirs) < 1e-6
 
 
-@pytest.mark.parametrize('position,text', [('middle', 'a photo {} of a.'),
-                                           ('front', '{} a photo of a.')])
+@pytest.mark.parametrize('position,text', [
+    ('middle', 'a photo {} of a.'), ('front', '{} a photo of a.')])
 def test_positions_read_as_written(clip, position, text):
     learner = CoOp(clip, NAMES, ctx_init='a photo of a', position=position).double()
     theirs = F.normalize(clip.model.encode_text(clip.tokenize([text.format(n) for n in NAMES])),
@@ -193,17 +189,14 @@ def test_positions_read_as_written(clip, position, text):
 @dtypes
 @depths
 @pytest.mark.parametrize('n_ctx', [1, 2, 4, 7, 16])
-@pytest.mark.parametrize('position,csc', [('end', False), ('middle', False), ('front', False),
-                                          ('end', True), ('front', True)],
-                         ids='end middle front csc csc-front'.split())
+@pytest.mark.parametrize('position,csc', [
+    ('end', False), ('middle', False), ('front', False), ('end', True), ('front', True)],
+    ids='end middle front csc csc-front'.split())
 def test_short_text_equals_plain(clips, position, csc, n_ctx, depth, dtype):
     "The grid: features and gradients are those of all 77 positions"
     clip = clips[dtype]
-    s, p = place(clip, NAMES, n_ctx, position), loud(n_ctx,
-                                                     clip.text_width,
-                                                     dtype,
-                                                     depth=depth,
-                                                     n_classes=5 if csc else None)
+    s = place(clip, NAMES, n_ctx, position)
+    p = loud(n_ctx, clip.text_width, dtype, depth=depth, n_classes=5 if csc else None)
     assert s.lengths == [n_ctx+3+k for k in WORDS]
     assert s.shared == (1+n_ctx if position == 'end' else 0)
     short_equals_plain(clip, s, p, FAST if position == 'end' and not csc else FAST[:2])
@@ -271,11 +264,8 @@ def test_groups(clips, layers, G, position, dtype):
     assert plain[0].shape == ((C, clip.embed_dim) if layers[0] == '-' and G == 1 else
                               (G, C, clip.embed_dim))
     with torch.no_grad():
-        alone = [
-            TextTower(clip, plain=True)(s, Given([t.expand(G, 1, -1, -1)[g, 0]
-                                                  for t in tokens]))
-            for g in range(G)
-        ]
+        of_group = lambda g: Given([t.expand(G, 1, -1, -1)[g, 0] for t in tokens])
+        alone = [TextTower(clip, plain=True)(s, of_group(g)) for g in range(G)]
     assert error(plain[0].reshape(G, C, -1), torch.stack(alone)) < LIMIT[dtype]
 
 
@@ -287,12 +277,8 @@ def test_progressive_prompts(clips, position, n_classes, depth, dtype):
     """A rule that mixes in what the block before put out: it gets the same in the shared, the cut
     and the plain computation"""
     clip = clips[dtype]
-    s, p = place(clip, NAMES, 4, position), loud(4,
-                                                 clip.text_width,
-                                                 dtype,
-                                                 Progressive,
-                                                 depth=depth,
-                                                 n_classes=n_classes)
+    s = place(clip, NAMES, 4, position)
+    p = loud(4, clip.text_width, dtype, Progressive, depth=depth, n_classes=n_classes)
     plain = short_equals_plain(clip, s, p,
                                FAST if position == 'end' and n_classes is None else FAST[:2])
     fresh = loud(4, clip.text_width, dtype, depth=depth, n_classes=n_classes)
@@ -310,26 +296,23 @@ def test_progressive_prompts(clips, position, n_classes, depth, dtype):
 
 
 def test_progressive_groups(clip):
-    s, tokens = place(clip, NAMES, 2), [
-        noise(3, 1, 2, clip.text_width, seed=l).requires_grad_() for l in range(3)
-    ]
+    s = place(clip, NAMES, 2)
+    tokens = [noise(3, 1, 2, clip.text_width, seed=l).requires_grad_() for l in range(3)]
 
     class Rule(Given):
-        enter = lambda self, layer, carried: self.tokens[
-            layer] if carried is None else .3*carried + .7*self.tokens[layer]
+        def enter(self, layer, carried):
+            own = self.tokens[layer]
+            return own if carried is None else .3*carried + .7*own
     short_equals_plain(clip, s, Rule(tokens))
     short_equals_plain(clip, place(clip, NAMES, 2, 'front'), Rule(tokens), FAST[:2])
 
 
 @pytest.mark.parametrize('kind', [Prompts, Progressive])
-@pytest.mark.parametrize('position,csc', [('end', False), ('middle', False), ('front', False),
-                                          ('end', True)])
+@pytest.mark.parametrize('position,csc', [
+    ('end', False), ('middle', False), ('front', False), ('end', True)])
 def test_order_of_classes(clip, position, csc, kind):
     "Names in another order, features in that order; packing and chunks do not show"
-    order, p = [3, 0, 4, 2, 1], loud(3,
-                                     clip.text_width,
-                                     kind=kind,
-                                     depth=2,
+    order, p = [3, 0, 4, 2, 1], loud(3, clip.text_width, kind=kind, depth=2,
                                      n_classes=5 if csc else None)
     other = copy.deepcopy(p)
     if csc: other.tokens.data = p.tokens.data[:, order]
@@ -372,8 +355,8 @@ def test_how_much_is_computed(clip, monkeypatch):
     # the default on a CPU
     names = LISTS['two chunks of 128']
     run(None, s := place(clip, names, 4), [noise(4, d)])
-    assert [x[1] for x, _, _ in calls['run_after']
-            ] == [sum(l - 5 for l in s.lengths[:128])]*3 + [sum(l - 5 for l in s.lengths[128:])]*3
+    first, rest = (sum(l - 5 for l in part) for part in (s.lengths[:128], s.lengths[128:]))
+    assert [x[1] for x, _, _ in calls['run_after']] == [first]*3 + [rest]*3
 
 
 def kept(clip, f):
@@ -400,8 +383,8 @@ def test_checkpoint(clips, dtype, position):
         assert not a(s).requires_grad
     plain, short, least = (kept(clip, lambda: t(s, p))[0]
                            for t in (TextTower(clip, plain=True), b, a))
-    assert short < plain*.7 and least < short*(.35 if position == 'end' else .2), (plain, short,
-                                                                                   least)
+    assert short < plain*.7, (plain, short, least)
+    assert least < short*(.35 if position == 'end' else .2), (plain, short, least)
 
 
 def test_no_prompt_is_asked_twice_for_a_block(clip, images):
@@ -414,14 +397,12 @@ def test_no_prompt_is_asked_twice_for_a_block(clip, images):
             self.asked.append(layer)
             return super().enter(layer, carried)
 
-    p, q = loud(4, clip.text_width, kind=Counts, depth=2), loud(4,
-                                                                clip.vision_width,
-                                                                kind=Counts,
-                                                                depth=2)
+    p = loud(4, clip.text_width, kind=Counts, depth=2)
+    q = loud(4, clip.vision_width, kind=Counts, depth=2)
     for position in ('end', 'front'):
         p.asked.clear()
-        TextTower(clip, chunk=2, checkpoint=True)(place(clip, NAMES, 4, position),
-                                                  p).sum().backward()
+        s = place(clip, NAMES, 4, position)
+        TextTower(clip, chunk=2, checkpoint=True)(s, p).sum().backward()
         assert [l for l in p.asked if l] == [1, 2]
     q.asked.clear()
     VisionTower(clip)(images, q).sum().backward()
@@ -445,8 +426,9 @@ def test_no_gradient_below_the_first_learned_token(clip, images, monkeypatch):
     "What stands before it asks autograd for nothing: as the input of a block and as `carried`"
     calls = watch_blocks(monkeypatch)
     text, vision = (TextTower(clip), clip.text_width), (VisionTower(clip), clip.vision_width)
-    for (tower, d), x in ((text, place(clip, NAMES, 2)), (text, place(clip, NAMES, 2,
-                                                                      'front')), (vision, images)):
+    cases = ((text, place(clip, NAMES, 2)), (text, place(clip, NAMES, 2, 'front')),
+             (vision, images))
+    for (tower, d), x in cases:
         for first in range(4):
             calls['run_block'].clear()
             w = Watch(Given([noise(2, d, seed=l).requires_grad_(l == first) for l in range(3)]))
@@ -464,21 +446,18 @@ def test_rows_beside_a_sequence_that_does_not_read_them(clips, dtype, own, visua
     """open_clip's own block over both, under the mask written out, has the same rows: of the
     sequence as if alone, of the others as `run_beside` has them; gradients alike"""
     tower = clips[dtype].visual if visual else clips[dtype].text
-    block, d, (N, L, m) = tower.transformer.resblocks[
-        1], clips[dtype].vision_width if visual else clips[dtype].text_width, (3, 7, 4)
+    block, (N, L, m) = tower.transformer.resblocks[1], (3, 7, 4)
+    d = clips[dtype].vision_width if visual else clips[dtype].text_width
     x, rows = noise(N, L, d, dtype=dtype), noise(N, m, d, seed=1, dtype=dtype).requires_grad_()
-    among = dict(none=torch.zeros(m, m),
-                 itself=torch.eye(m),
-                 causal=torch.ones(m, m).tril(),
+    among = dict(none=torch.zeros(m, m), itself=torch.eye(m), causal=torch.ones(m, m).tril(),
                  all=torch.ones(m, m))[own].bool().expand(N, m, m)
+    earlier = (torch.arange(L) < torch.tensor([2, 5, 7])[:, None])[:, None].expand(N, m, L)
     # [N, m, L+m]
-    may = torch.cat(
-        [(torch.arange(L) < torch.tensor([2, 5, 7])[:, None])[:, None].expand(N, m, L), among], 2)
-    sequence = torch.cat([torch.ones(L, L).tril(0 if not visual else L),
-                          torch.zeros(L, m)], 1).bool().expand(N, L, L + m)
-    mask = torch.zeros(N, L + m, L + m, dtype=dtype).masked_fill(~torch.cat([sequence, may], 1),
-                                                                 -torch.inf).repeat_interleave(
-                                                                     block.attn.num_heads, 0)
+    may = torch.cat([earlier, among], 2)
+    sequence = torch.cat([torch.ones(L, L).tril(0 if not visual else L), torch.zeros(L, m)], 1)
+    hidden = ~torch.cat([sequence.bool().expand(N, L, L + m), may], 1)
+    mask = torch.zeros(N, L + m, L + m, dtype=dtype).masked_fill(hidden, -torch.inf)
+    mask = mask.repeat_interleave(block.attn.num_heads, 0)
     whole = block(torch.cat([x, rows], 1), attn_mask=mask)
     alone, k, v = towers.run_block(block, x, causal=not visual)
     beside = towers.run_beside(block, rows, k, v, may[:, None])
@@ -538,9 +517,12 @@ def test_where_visual_slots_are(clip, images, monkeypatch, after, slots):
     is read"""
     calls, into, p = watch_blocks(monkeypatch), [], loud(3, clip.vision_width, depth=3)
     run = towers.run_block
-    monkeypatch.setattr(
-        towers, 'run_block', lambda block, x, *args, **kwargs:
-        (into.append(x), run(block, x, *args, **kwargs))[1])
+
+    def noted(block, x, *args, **kwargs):
+        into.append(x)
+        return run(block, x, *args, **kwargs)
+
+    monkeypatch.setattr(towers, 'run_block', noted)
     VisionTower(clip, after, ln_pre=False)(images, p)
     assert calls['run_block'] == [((6, 1+16+3, clip.vision_width), True, l == 2) for l in range(3)]
     for x, tokens in zip(into, p.tokens): assert torch.equal(x[:, slots], tokens.expand(6, -1, -1))

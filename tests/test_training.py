@@ -47,11 +47,7 @@ def few(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def images():
-    return torch.randn(6,
-                       3,
-                       32,
-                       32,
-                       dtype=torch.float64,
+    return torch.randn(6, 3, 32, 32, dtype=torch.float64,
                        generator=torch.Generator().manual_seed(0))
 
 
@@ -67,8 +63,8 @@ EXTRA = {
 
 def learner_of(name, backbone, names=NAMES):
     "A learner whose parameters are not at their start"
-    learner = CoOp(backbone, names, **EXTRA[name]) if name in EXTRA else METHODS[name].cls(
-        backbone, names, **(METHODS[name].hparams or {}))
+    if name in EXTRA: learner = CoOp(backbone, names, **EXTRA[name])
+    else: learner = METHODS[name].cls(backbone, names, **(METHODS[name].hparams or {}))
     g = torch.Generator().manual_seed(1)
     for p in learner.parameters(): p.data = torch.randn(p.shape, generator=g).to(backbone.dtype)
     return learner.eval()
@@ -83,15 +79,13 @@ def test_parameters_are_the_trainable_ones(name, clip32, few):
     assert set(learner.state_dict()) == set(params)
     assert not {id(p) for p in params.values()} & {id(p) for p in frozen}
     assert not any(p.requires_grad for p in frozen)
-    before, was = {k: v.clone()
-                   for k, v in clip32.model.state_dict().items()
-                   }, {k: p.detach().clone()
-                       for k, p in params.items()}
+    before = {k: v.clone() for k, v in clip32.model.state_dict().items()}
+    was = {k: p.detach().clone() for k, p in params.items()}
     fit(learner, few, RECIPE, progress=False)
-    assert all(not torch.equal(p, was[k])
-               for k, p in params.items()), 'a parameter that training leaves alone'
-    assert all(torch.equal(v, before[k])
-               for k, v in clip32.model.state_dict().items()), 'training changed CLIP'
+    changed = [not torch.equal(p, was[k]) for k, p in params.items()]
+    assert all(changed), 'a parameter that training leaves alone'
+    kept = [torch.equal(v, before[k]) for k, v in clip32.model.state_dict().items()]
+    assert all(kept), 'training changed CLIP'
     assert all(p.grad is None for p in frozen) and not clip32.model.training
 
 
@@ -117,14 +111,13 @@ def test_class_order_only_reorders_the_scores(name, clip, images):
     for k, p in other.named_parameters():
         axis = {'coop-csc': 1, 'linear-probe': 0}.get(name)
         if axis is not None:
-            p.data = dict(learner.named_parameters())[k].data.index_select(
-                axis, torch.tensor(order))
+            own = dict(learner.named_parameters())[k].data
+            p.data = own.index_select(axis, torch.tensor(order))
     with torch.no_grad(): assert error(other(images), learner(images)[:, order]) < 1e-10
     if learner.transfers:
         with torch.no_grad():
-            assert error(
-                learner.for_classes([NAMES[i] for i in order])(images),
-                learner(images)[:, order]) < 1e-10
+            again = learner.for_classes([NAMES[i] for i in order])
+            assert error(again(images), learner(images)[:, order]) < 1e-10
 
 
 @every
@@ -170,8 +163,8 @@ def test_protocol_rows(name, few, clip32):
     assert a['trainable'] == sum(p.numel() for p in learner.parameters())
     if learner.transfers:
         assert a['new'] == evaluate(learner.for_classes(data.new().classnames), data.new()).accuracy
-    assert few_shot(m, clip32, few, 2, 1)['accuracy'] == evaluate(m.train(clip32, data, 1),
-                                                                  data).accuracy
+    score = few_shot(m, clip32, few, 2, 1)['accuracy']
+    assert score == evaluate(m.train(clip32, data, 1), data).accuracy
 
 
 # ---- schedule, seeds, evaluation -----------------------------------------------------------------
@@ -213,24 +206,21 @@ def test_seeds(few, clip32):
 
 
 def test_epochs_see_different_orders_and_crops(few, clip32):
-    batches = [
-        torch.cat([
-            x for x, _ in training._epoch_batches(
-                few.pictures('train', training.train_transform(clip32)), 4, 0, e)
-        ]) for e in (1, 1, 2)
-    ]
+    def of_epoch(epoch):
+        pictures = few.pictures('train', training.train_transform(clip32))
+        return torch.cat([x for x, _ in training._epoch_batches(pictures, 4, 0, epoch)])
+
+    batches = [of_epoch(e) for e in (1, 1, 2)]
     assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
 
 
-@pytest.mark.parametrize('n,batch,sizes', [(12, 5, [5, 5]), (12, 12, [12]), (12, 32, [12]),
-                                           (12, 4, [4, 4, 4])])
+@pytest.mark.parametrize('n,batch,sizes', [
+    (12, 5, [5, 5]), (12, 12, [12]), (12, 32, [12]), (12, 4, [4, 4, 4])])
 def test_batches(few, clip32, n, batch, sizes):
     "An incomplete last batch is dropped, except when it is the only one"
     assert len(few.train) == n
-    assert [
-        len(y) for _, y in training._epoch_batches(
-            few.pictures('train', training.train_transform(clip32)), batch, 0, 1)
-    ] == sizes
+    pictures = few.pictures('train', training.train_transform(clip32))
+    assert [len(y) for _, y in training._epoch_batches(pictures, batch, 0, 1)] == sizes
 
 
 def test_training_learns(few, clip32):
@@ -320,32 +310,22 @@ LONG = replace(RECIPE, epochs=6)
 def test_resume_after_kill_9(when, few, clip32, tmp_path):
     """Prompts, losses and momentum go on as if nothing had happened: bit for bit the prompts of a
     run in one piece"""
-    checkpoint, folder, tracker = tmp_path/'run'/'c', Path(
-        few.source.root), str(tmp_path/'events') if TENSORBOARD else ''
-    r = subprocess.run([
-        sys.executable, '-c', KILLED,
-        Path(__file__).parent, folder, checkpoint, when,
-        str(torch.get_num_threads()), tracker
-    ],
-                       capture_output=True,
-                       text=True)
+    checkpoint, folder = tmp_path/'run'/'c', Path(few.source.root)
+    tracker = str(tmp_path/'events') if TENSORBOARD else ''
+    args = [Path(__file__).parent, folder, checkpoint, when, str(torch.get_num_threads()), tracker]
+    r = subprocess.run([sys.executable, '-c', KILLED, *args], capture_output=True, text=True)
     assert r.returncode == -signal.SIGKILL, r.stderr
     done = 3 if when == 'after the rename' else 2
     assert bool(list(checkpoint.parent.glob('.*.tmp'))) == (when == 'while writing')
     with safe_open(checkpoint, 'pt') as f:
-        assert f.metadata()['losses'].count(',') == done - 1 and {
-            k.split('.')[0]
-            for k in f.keys()
-        } == {'param', 'momentum'}
+        assert f.metadata()['losses'].count(',') == done - 1
+        assert {k.split('.')[0] for k in f.keys()} == {'param', 'momentum'}
     whole, tokens = train(clip32, few, recipe=LONG)
     epochs = []
     batches = training._epoch_batches
     with pytest.MonkeyPatch.context() as m:
         m.setattr(training, '_epoch_batches', lambda *a: (epochs.append(a[-1]), batches(*a))[1])
-        resumed, again = train(clip32,
-                               few,
-                               recipe=LONG,
-                               checkpoint=checkpoint,
+        resumed, again = train(clip32, few, recipe=LONG, checkpoint=checkpoint,
                                tracker=tracker or None)
     assert epochs == [3, 4, 5, 6][done-2:]
     assert torch.equal(tokens, again)
@@ -420,12 +400,9 @@ KILLABLE = ['coop', 'vpt', 'metaprompt', 'variational-coop']
 def killed(few, tmp_path_factory):
     "Runs of eight epochs, killed six times each at random moments, and told to go on"
     where = tmp_path_factory.mktemp('killed')
-    r = subprocess.run(
-        [sys.executable, '-c', MOMENTS,
-         Path(__file__).parent, few.source.root, where, *KILLABLE],
-        capture_output=True,
-        text=True,
-        env=os.environ | dict(TRACK='1' if TENSORBOARD else ''))
+    args = [Path(__file__).parent, few.source.root, where, *KILLABLE]
+    r = subprocess.run([sys.executable, '-c', MOMENTS, *args], capture_output=True, text=True,
+                       env=os.environ | dict(TRACK='1' if TENSORBOARD else ''))
     assert r.returncode == 0, r.stderr
     return where, {row['name']: row for row in map(json.loads, r.stdout.splitlines())}
 
@@ -491,9 +468,9 @@ def never(*args, **kwargs): raise AssertionError('trained')
 def test_stale_temporary_files(few, clip32, tmp_path):
     """A killed writer's leavings go, other people's files stay, also those whose names look much
     the same"""
-    ours, theirs = ['.c.12-34.tmp', '..c.check.12-34.tmp'], [
-        '.cc.12-34.tmp', '.c.tmp', 'c.12-34.tmp', '.cx12-34.tmp', '.c.1-2.tmp.keep', '.c.a-b.tmp'
-    ]
+    ours = ['.c.12-34.tmp', '..c.check.12-34.tmp']
+    theirs = ['.cc.12-34.tmp', '.c.tmp', 'c.12-34.tmp', '.cx12-34.tmp', '.c.1-2.tmp.keep',
+              '.c.a-b.tmp']
     for name in ours+theirs: (tmp_path/name).write_text('half')
     _, tokens = train(clip32, few, checkpoint=tmp_path/'c')
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['c', *theirs])
@@ -502,8 +479,12 @@ def test_stale_temporary_files(few, clip32, tmp_path):
 
 def test_bytes_reach_the_disk_before_the_name(tmp_path, monkeypatch):
     calls, fsync, rename = [], os.fsync, os.replace
-    monkeypatch.setattr(os, 'fsync', lambda fd: (calls.append(
-        ('sync', os.fstat(fd).st_size)), fsync(fd))[1])
+
+    def synced(fd):
+        calls.append(('sync', os.fstat(fd).st_size))
+        return fsync(fd)
+
+    monkeypatch.setattr(os, 'fsync', synced)
     monkeypatch.setattr(os, 'replace', lambda a, b: (calls.append('rename'), rename(a, b))[1])
     write_safely(tmp_path/'p', lambda tmp: tmp.write_text('whole'))
     assert calls == [('sync', 5), 'rename'] and (tmp_path/'p').read_text() == 'whole'
@@ -558,8 +539,8 @@ def test_a_new_run_replaces_the_curve(few, clip32, tmp_path):
     points = events(tmp_path/'t')
     assert [s for s, _ in points['loss']] == [1, 2, 3]
     assert [v for _, v in points['loss']] == pytest.approx(report.losses, rel=1e-6)
-    assert [v for _, v in points['learning_rate']
-            ] == pytest.approx([lr_at(RECIPE, e) for e in (1, 2, 3)], rel=1e-6)
+    rates = [v for _, v in points['learning_rate']]
+    assert rates == pytest.approx([lr_at(RECIPE, e) for e in (1, 2, 3)], rel=1e-6)
 
 
 def test_tiny_is_what_the_tests_think(clip):

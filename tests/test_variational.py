@@ -42,9 +42,7 @@ def photos(tmp_path_factory): return load_dataset(shapes(tmp_path_factory.mktemp
 
 
 def features(clip, n=5):
-    return F.normalize(torch.randn(n,
-                                   clip.embed_dim,
-                                   dtype=clip.dtype,
+    return F.normalize(torch.randn(n, clip.embed_dim, dtype=clip.dtype,
                                    generator=torch.Generator().manual_seed(0)),
                        dim=-1)
 
@@ -58,8 +56,7 @@ def learner(clip, cls=VariationalCoCoOp, **kw):
 
 @pytest.mark.parametrize('cls', ALL.values(), ids=ALL)
 def test_contract(cls):
-    report = check_learner(cls,
-                           samples=2,
+    report = check_learner(cls, samples=2,
                            **dict(n_ctx=2) if issubclass(cls, VariationalCoOp) else {})
     assert set(report.result) == {'passed'}, report
 
@@ -67,10 +64,7 @@ def test_contract(cls):
 # ---- the formulas --------------------------------------------------------------------------------
 
 def test_kl_is_torch_distributions():
-    mu, logvar = torch.randn(2,
-                             4,
-                             7,
-                             generator=torch.Generator().manual_seed(0),
+    mu, logvar = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0),
                              dtype=torch.float64)
     theirs = kl_divergence(Normal(mu, (logvar/2).exp()),
                            Normal(torch.zeros_like(mu), torch.ones_like(mu)))
@@ -89,17 +83,17 @@ def test_kl_in_the_loss(clip):
         mean, total = (l.loss_terms(z, y) for l in made.values())
         assert total['kl'].item() == pytest.approx(clip.text_width*mean['kl'].item(), rel=1e-9)
         assert total['task'] == mean['task']
-        assert mean['kl'].item() == pytest.approx(kl(*made['mean'].posterior(z)).mean().item(),
-                                                  rel=1e-12)
-        assert made['mean'].loss(z, y).item() == pytest.approx(
-            (mean['task'] + .5*mean['kl']).item(), rel=1e-12)
+        by_hand = kl(*made['mean'].posterior(z)).mean().item()
+        assert mean['kl'].item() == pytest.approx(by_hand, rel=1e-12)
+        loss = (mean['task'] + .5*mean['kl']).item()
+        assert made['mean'].loss(z, y).item() == pytest.approx(loss, rel=1e-12)
 
 
 def test_estimators(clip):
     """One draw: the same. More: the log of the mean probability is never below the mean of the
     logs, and neither is equal to it here"""
-    z, y, eps = features(clip), torch.arange(5) % 3, 2*torch.randn(
-        6, 1, clip.text_width, generator=torch.Generator().manual_seed(0))
+    z, y = features(clip), torch.arange(5) % 3
+    eps = 2*torch.randn(6, 1, clip.text_width, generator=torch.Generator().manual_seed(0))
     for L in (1, 6):
         a, b = (learner(clip, estimator=e) for e in ('log_mean_prob', 'mean_log_prob'))
         a.eps = b.eps = eps[:L]
@@ -132,8 +126,8 @@ def test_any_batch_is_its_images(clip, monkeypatch, groups):
     they are cut; the reference code stops, or with four images and four tokens mixes them"""
     monkeypatch.setattr(module, 'GROUPS', groups)
     for n in (5, 4):
-        z, y, eps = features(clip, n), torch.arange(n) % 3, torch.randn(
-            3, n, clip.text_width, generator=torch.Generator().manual_seed(0))
+        z, y = features(clip, n), torch.arange(n) % 3
+        eps = torch.randn(3, n, clip.text_width, generator=torch.Generator().manual_seed(0))
         together, alone = learner(clip), learner(clip)
         together.eps = eps
         loss = together.loss(z, y)
@@ -154,10 +148,7 @@ def test_by_hand(clip):
     a time"""
     for cls in (VariationalCoOp, VariationalCoCoOp):
         l, z = learner(clip, cls).eval(), features(clip, 2)
-        l.eps = torch.randn(3,
-                            1,
-                            clip.text_width,
-                            generator=torch.Generator().manual_seed(0),
+        l.eps = torch.randn(3, 1, clip.text_width, generator=torch.Generator().manual_seed(0),
                             dtype=clip.dtype)
         for i in range(2):
             mu, logvar = l.posterior(z[i:i+1])
@@ -171,11 +162,9 @@ def test_by_hand(clip):
 
 def test_predictions_are_log_probabilities(clip):
     for cls in ALL.values():
-        p = learner(clip, cls).eval()(torch.randn(2,
-                                                  3,
-                                                  clip.image_size,
-                                                  clip.image_size,
-                                                  dtype=clip.dtype)).exp()
+        l = learner(clip, cls).eval()
+        x = torch.randn(2, 3, clip.image_size, clip.image_size, dtype=clip.dtype)
+        p = l(x).exp()
         torch.testing.assert_close(p.sum(-1), torch.ones(2, dtype=clip.dtype))
 
 
@@ -203,9 +192,9 @@ def test_noise(clip):
             torch.manual_seed(0)
             a = l.noise(b)
             torch.manual_seed(0)
-            assert torch.equal(a, l.noise(b)) and torch.equal(
-                a,
-                torch.manual_seed(0) and torch.randn(a.shape))
+            assert torch.equal(a, l.noise(b))
+            torch.manual_seed(0)
+            assert torch.equal(a, torch.randn(a.shape))
         l.generator = torch.Generator().manual_seed(5)
         a = l.noise(b)
         assert torch.equal(a, torch.randn(a.shape, generator=torch.Generator().manual_seed(5)))
@@ -259,11 +248,7 @@ def test_runs_repeat_and_resume(cls, photos, tmp_path):
             with pytest.raises(Stop):
                 fit(l, photos, recipe, seed=1, checkpoint=tmp_path/'run', progress=False)
             l = cls(clip, photos.classnames, samples=2, seed=1)
-        fit(l,
-            photos,
-            recipe,
-            seed=1,
-            checkpoint=tmp_path/'run' if kind == 'interrupted' else None,
+        fit(l, photos, recipe, seed=1, checkpoint=tmp_path/'run' if kind == 'interrupted' else None,
             progress=False)
         ends.append(torch.cat([p.flatten() for p in l.parameters()]).detach())
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
@@ -297,19 +282,18 @@ def test_save_and_load(clip, tmp_path):
 
 
 def test_bad_options(clip):
-    for kw, says in ((dict(estimator='log_mean'), 'log_mean_prob'), (dict(kl_reduction='max'),
-                                                                     'kl_reduction'),
-                     (dict(samples=0), 'at least 1'), (dict(csc=True), 'csc=False')):
+    bad = ((dict(estimator='log_mean'), 'log_mean_prob'),
+           (dict(kl_reduction='max'), 'kl_reduction'),
+           (dict(samples=0), 'at least 1'), (dict(csc=True), 'csc=False'))
+    for kw, says in bad:
         with pytest.raises(ValueError) as e: VariationalCoOp(clip, NAMES, **kw)
         one_line(e, says)
 
 
 def test_recipes():
     for cls in (VariationalCoOp, VariationalCoCoOp):
-        assert [
-            cls.recipe('base-to-new', 16, d).epochs
-            for d in ('', 'EuroSAT', 'oxford_flowers', 'imagenet')
-        ] == [40, 60, 40, 10]
+        sets = '', 'EuroSAT', 'oxford_flowers', 'imagenet'
+        assert [cls.recipe('base-to-new', 16, d).epochs for d in sets] == [40, 60, 40, 10]
         assert cls.recipe('cross-dataset', 16, 'eurosat').epochs == 10
         assert cls.recipe().batch_size == 1 and cls.recipe().lr == .002
 
@@ -327,8 +311,8 @@ def test_calibration_by_hand():
         assert ece(scores, bins=7) == pytest.approx(25, abs=1e-3) and list(table.images) == [4, 4]
         assert list(table.confidence) == pytest.approx([60, 90], abs=1e-3)
         assert list(table.accuracy) == pytest.approx([50, 50])
-    by_table = lambda s: (table.images/table.images.sum()*
-                          (table.accuracy - table.confidence).abs()).sum()
+    gaps = lambda: (table.accuracy - table.confidence).abs()
+    by_table = lambda s: (table.images/table.images.sum()*gaps()).sum()
     scores = Evaluation(2*torch.randn(200, 5, generator=torch.Generator().manual_seed(0)),
                         torch.arange(200) % 5)
     table = reliability(scores)

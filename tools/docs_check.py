@@ -62,16 +62,16 @@ def outputs(cell, opts, save):
         kind = next((k for k in DRAWN if k in data), None)
         if 'text/markdown' in data:
             table = text(data['text/markdown'])
-            yield f'::: {{#{label}}}\n{table}\n\n: {caption}\n:::' if label.startswith(
-                'tbl-') else table
+            if label.startswith('tbl-'): table = f'::: {{#{label}}}\n{table}\n\n: {caption}\n:::'
+            yield table
         elif kind:
             file = save(f'{cell["id"]}-{i}.{DRAWN[kind]}', data[kind])
             safe = alt.replace('"', "'")
             attributes = f'{{#{label} alt="{safe}"}}' if label else ''
             yield f'![{caption}]({file}){attributes}'
         elif o.get('output_type') != 'error':
-            yield '::: {.cell-output}\n' + fence(text(o.get('text')
-                                                      or data.get('text/plain'))) + '\n:::'
+            shown = text(o.get('text') or data.get('text/plain'))
+            yield '::: {.cell-output}\n' + fence(shown) + '\n:::'
 
 
 def nb2md(nb, save=None):

@@ -33,8 +33,8 @@ class Client(NotebookClient):
     async def async_execute_cell(self, cell, cell_index, **kwargs):
         if cell.cell_type == 'code':
             d = extract_directives(mk_cell(cell.source, 'code'), remove=False)
-            if self.skip & d.keys() or d.get(
-                    'eval:', [''])[0].lower() == 'false' or 'nbdev_export(' in cell.source:
+            if (self.skip & d.keys() or d.get('eval:', [''])[0].lower() == 'false'
+                    or 'nbdev_export(' in cell.source):
                 return cell
             self.at = cell_index, cell
         return await super().async_execute_cell(cell, cell_index, **kwargs)

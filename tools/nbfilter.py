@@ -60,8 +60,8 @@ def page_links(notebook):
         'Open in Colab': f'{colab}/blob/{branch}/nbs/{notebook}',
         'Edit': f'{repository()}/edit/{branch}/nbs/{notebook}',
     }
-    return '::: {.page-links}\n' + '\n'.join(f'[{text}]({url})'
-                                             for text, url in links.items()) + '\n:::'
+    listed = '\n'.join(f'[{text}]({url})' for text, url in links.items())
+    return '::: {.page-links}\n' + listed + '\n:::'
 
 
 def title(cells, notebook):
@@ -69,13 +69,10 @@ def title(cells, notebook):
     head = re.match(r'# (?P<title>.+)\n*(?:> (?P<subtitle>.+)\n*)?', source(cells[0]))
     if cells[0]['cell_type'] != 'markdown' or not head: return cells
     meta = {k: v for k, v in head.groupdict().items() if v}
-    front = dict(
-        cell_type='raw',
-        id='front',
-        metadata={},
-        source=f'---\n{yaml.safe_dump(meta, allow_unicode=True, width=1000, sort_keys=False)}---')
-    intro = markdown(
-        page_links(notebook) + '\n\n' + source(cells[0])[head.end():], cells[0].get('id', 'intro'))
+    said = yaml.safe_dump(meta, allow_unicode=True, width=1000, sort_keys=False)
+    front = dict(cell_type='raw', id='front', metadata={}, source=f'---\n{said}---')
+    rest = source(cells[0])[head.end():]
+    intro = markdown(page_links(notebook) + '\n\n' + rest, cells[0].get('id', 'intro'))
     return [front, intro, *cells[1:]]
 
 

@@ -45,8 +45,8 @@ def markdown(name, out):
         folder = out/'figures'/path.stem
         folder.mkdir(parents=True, exist_ok=True)
         data = text(data)
-        (folder/
-         file).write_bytes(data.encode() if file.endswith('.svg') else base64.b64decode(data))
+        data = data.encode() if file.endswith('.svg') else base64.b64decode(data)
+        (folder/file).write_bytes(data)
         return f'../figures/{path.stem}/{file}'
     return nb2md(filtered(path), save)
 
@@ -69,13 +69,9 @@ def labels(texts):
 
 def build(name, md, out, at):
     "Write the page of one source; Pandoc's warnings"
-    html, warns = pandoc(headed(md),
-                         ROOT/'references.bib',
-                         '--template',
-                         str(ROOT/'site'/'page.html'),
-                         '--metadata',
-                         f'root={"../"*name.count("/")}',
-                         at=at)
+    html, warns = pandoc(headed(md), ROOT/'references.bib',
+                         '--template', str(ROOT/'site'/'page.html'),
+                         '--metadata', f'root={"../"*name.count("/")}', at=at)
     page = out/to_html(name)
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(linked(html), encoding='utf-8')

@@ -16,9 +16,8 @@ MADE = '<!-- Made by tools/reference.py -->'
 
 def escape(text):
     "Text as a cell of a table shows it"
-    return text.replace('|', '\\|').replace('*', '\\*').replace('<',
-                                                                '\\<').replace('[', '\\[').replace(
-                                                                    '$', '\\$').replace('@', '\\@')
+    for c in '|*<[$@': text = text.replace(c, '\\' + c)
+    return text
 
 
 def first_sentence(text):
