@@ -144,7 +144,8 @@ class Table:
 
     def _repr_markdown_(self) -> str:
         texts = self.texts()
-        is_number = [texts.iloc[:, i].str.fullmatch(_NUMBER).all() for i in range(texts.shape[1])]
+        columns = (texts.iloc[:, i].astype(str) for i in range(texts.shape[1]))
+        is_number = [c.str.fullmatch(_NUMBER).all() for c in columns]
         align = ['right' if n else 'left' for n in is_number]
         return texts.to_markdown(index=False, colalign=align, disable_numparse=True)
 

@@ -1,7 +1,7 @@
 import os
 
-# Tests run in two processes (pyproject.toml), and towers as small as theirs gain little from a second
-# thread. Set before PyTorch is imported.
+# Tests run in two processes (pyproject.toml), and towers as small as theirs gain little from a
+# second thread. Set before PyTorch is imported.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 

@@ -1,5 +1,5 @@
-"""Every notebook runs, one test each: `pytest -m chapter`. `NB_FLAGS="slow gpu" pytest -m chapter -k
-coop` runs flagged cells too.
+"""Every notebook runs, one test each: `pytest -m chapter`. `NB_FLAGS="slow gpu" pytest -m chapter
+-k coop` runs flagged cells too.
 
 The runner is nbdev's own, which honours the flags and needs no Jupyter kernel. Each notebook
 gets a process of its own, as it does with a reader: seeds, default dtypes, patched names and
