@@ -36,10 +36,7 @@ def linked(html):
 def markdown(name, out):
     "Markdown of a source, its pictures beside the page"
     path = ROOT/name
-    if path.suffix == '.qmd':
-        md = path.read_text(encoding='utf-8')
-        return re.sub(r'\{\{< include (\S+) >\}\}', lambda m:
-                      (path.parent/m[1]).read_text(encoding='utf-8'), md)
+    if path.suffix == '.qmd': return path.read_text(encoding='utf-8')
 
     def save(file, data):
         folder = out/'figures'/path.stem

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Write the book's pages of reference: every name (site/api.qmd) and every command (site/cli.qmd).
+"""Write the book's pages of reference: every name, every command, every change (site/*.qmd).
 
-Both come from the code, so they can't lag behind it: CI runs this and compares.
+They come from the code and from CHANGELOG.md, so they can't lag behind: CI runs this and compares.
 """
 import inspect
 import re
@@ -130,8 +130,14 @@ def cli():
     return '\n\n'.join(out) + '\n'
 
 
+def changelog():
+    "CHANGELOG.md as a page without a chapter's number"
+    text = (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+    return text.replace('# Changelog\n', f'# Changelog {{.unnumbered}}\n\n{MADE}\n', 1)
+
+
 def main():
-    for name, page in dict(api=api(), cli=cli()).items():
+    for name, page in dict(api=api(), cli=cli(), changelog=changelog()).items():
         (ROOT/'site'/f'{name}.qmd').write_text(page, encoding='utf-8')
 
 
