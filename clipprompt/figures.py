@@ -70,7 +70,8 @@ def style():
     set_matplotlib_formats('svg', 'png')  # Jupyter's own way first: it also prepares the backend
     svg = shell.display_formatter.formatters['image/svg+xml']
     png = shell.display_formatter.formatters['image/png']
-    svg.for_type(Figure, lambda fig: None if has_pixels(fig) else print_figure(fig, 'svg'))
+    def drawn(fig): return print_figure(fig, 'svg', metadata={'Date': None})
+    svg.for_type(Figure, lambda fig: None if has_pixels(fig) else drawn(fig))
     png.for_type(Figure, lambda fig: retina_figure(fig) if has_pixels(fig) else None)
 
 # %% ../nbs/00_figures.ipynb #00-012
