@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DOMAINS', 'TASKS', 'COOP', 'DASSL', 'PUBLIC', 'TEMPLATES', 'ENSEMBLE', 'PICTOGRAM_TEMPLATES', 'as_drawn', 'edge_map',
            'pixelate', 'rotate90', 'DataError', 'DataNotFound', 'Item', 'Pictures', 'DataSet', 'join', 'PublicSet',
-           'load_dataset', 'train_transform', 'test_transform']
+           'load_dataset', 'train_transform', 'test_transform', 'template_of']
 
 # %% ../nbs/04_data.ipynb #04-002
 import csv, difflib, hashlib, json, os, posixpath, random, re, sys, warnings, zipfile, zlib
@@ -435,7 +435,6 @@ class PublicSet:
     classes:int
     # pictures to train, validate and test on, as published; None: no such part, or not checked
     counts:tuple=(None, None, None)
-    template:str='a photo of a {}.' # zero-shot CLIP's sentence, from the CoOp paper
     parts:str=''                    # who made the split
     split:str=''                    # the split file by CoOp's authors
     domains:tuple=()                # each one a task
@@ -454,30 +453,30 @@ PUBLIC = dict(
         parts=_OWN, split='split_zhou_Caltech101.json',
         torchvision='Caltech101', fetched='caltech101/101_ObjectCategories'),
     oxford_pets=PublicSet('oxford_pets', 'images', 37, (2944, 736, 3669),
-        'a photo of a {}, a type of pet.', _REST, 'split_zhou_OxfordPets.json',
+        parts=_REST, split='split_zhou_OxfordPets.json',
         torchvision='OxfordIIITPet', fetched='oxford-iiit-pet/images'),
     stanford_cars=PublicSet('stanford_cars', '', 196, (6509, 1635, 8041),
         parts=_REST, split='split_zhou_StanfordCars.json'),
     oxford_flowers=PublicSet('oxford_flowers', 'jpg', 102, (4093, 1633, 2463),
-        'a photo of a {}, a type of flower.', _OWN, 'split_zhou_OxfordFlowers.json',
+        parts=_OWN, split='split_zhou_OxfordFlowers.json',
         torchvision='Flowers102', fetched='flowers-102/jpg'),
     food101=PublicSet('food-101', 'images', 101, (50_500, 20_200, 30_300),
-        'a photo of {}, a type of food.', _OWN, 'split_zhou_Food101.json',
+        parts=_OWN, split='split_zhou_Food101.json',
         torchvision='Food101', fetched='food-101/images'),
     fgvc_aircraft=PublicSet('fgvc_aircraft', 'images', 100, (3334, 3333, 3333),
-        'a photo of a {}, a type of aircraft.', 'official',
+        parts='official',
         torchvision='FGVCAircraft', fetched='fgvc-aircraft-2013b/data/images'),
     sun397=PublicSet('sun397', 'SUN397', 397, (15_880, 3970, 19_850),
         parts=_REST, split='split_zhou_SUN397.json',
         torchvision='SUN397', fetched='SUN397'),
     dtd=PublicSet('dtd', 'images', 47, (2820, 1128, 1692),
-        '{} texture.', _OWN, 'split_zhou_DescribableTextures.json',
+        parts=_OWN, split='split_zhou_DescribableTextures.json',
         torchvision='DTD', fetched='dtd/dtd/images'),
     eurosat=PublicSet('eurosat', '2750', 10, (13_500, 5400, 8100),
-        'a centered satellite photo of {}.', _OWN, 'split_zhou_EuroSAT.json',
+        parts=_OWN, split='split_zhou_EuroSAT.json',
         torchvision='EuroSAT', fetched='eurosat/2750'),
     ucf101=PublicSet('ucf101', 'UCF-101-midframes', 101, (7639, 1898, 3783),
-        'a photo of a person doing {}.', _REST, 'split_zhou_UCF101.json'),
+        parts=_REST, split='split_zhou_UCF101.json'),
 )
 
 # %% ../nbs/04_data.ipynb #04-044e
@@ -1032,7 +1031,7 @@ def _public(name:str, task:str|None, root, skip_broken:bool, download:bool) -> D
     lists = _lists(place, task)
     items = _on_disk(place, lists)
     if skip_broken: items = {p: _readable(mine, place.images, True) for p, mine in items.items()}
-    data = DataSet(name, lists.classnames, **items, template=place.known.template, task=task or '',
+    data = DataSet(name, lists.classnames, **items, template=template_of(name), task=task or '',
                    source=_Files(str(place.images)), split=lists.split)
     _check_counts(data, place.known)
     return data
@@ -1463,9 +1462,56 @@ def test_transform(backbone) -> T.Compose:
 test_transform.__test__ = False # its name would make pytest take it for a test
 
 # %% ../nbs/04_data.ipynb #04-129
-TEMPLATES = {name: p.template for name, p in PUBLIC.items()}
-TEMPLATES |= dict(pictograms='a photo of a {}.', emoji='a photo of a {}.')
+_OTHERS = 'all others'   # a set that a paper does not name, or names with its usual sentence
 
+TEMPLATES = dict(
+    coop={
+        'oxford_pets': 'a photo of a {}, a type of pet.',
+        'oxford_flowers': 'a photo of a {}, a type of flower.',
+        'food101': 'a photo of {}, a type of food.',
+        'fgvc_aircraft': 'a photo of a {}, a type of aircraft.',
+        'dtd': '{} texture.',
+        'eurosat': 'a centered satellite photo of {}.',
+        'ucf101': 'a photo of a person doing {}.',
+        _OTHERS: 'a photo of a {}.'},
+    provp={
+        'oxford_pets': 'a type of pet, a photo of a {}.',
+        'oxford_flowers': 'a type of flower, a photo of a {}.',
+        'food101': 'a type of food, a photo of {}.',
+        'fgvc_aircraft': 'a type of aircraft, a photo of a {}.',
+        'dtd': 'a texture of {}.',
+        'eurosat': 'a centered satellite photo of {}.',
+        'ucf101': 'a photo of a person doing {}.',
+        _OTHERS: 'a photo of a {}.'},
+    metaprompt={
+        'oxford_pets': 'a photo of a {}, a type of pet',
+        'oxford_flowers': 'a photo of a {}, a type of flower',
+        'food101': 'a photo of a {}, a type of food',
+        'fgvc_aircraft': 'a photo of a {}, a type of aircraft',
+        'dtd': '{} texture',
+        'eurosat': 'a centered satellite photo of {}',
+        'ucf101': 'a photo of a person doing {}',
+        'imagenet': [
+            'itap of a {}', 'a bad photo of the {}', 'a origami {}', 'a photo of the large {}',
+            'a {} in a video game', 'art of the {}', 'a photo of the small {}',
+            'a photo of a {}'],
+        _OTHERS: 'a photo of a {}'},
+)
+
+# %% ../nbs/04_data.ipynb #04-129d
+def template_of(
+    dataset:str,      # 'oxford_pets' or 'OxfordPets'; what no list names gets the usual sentence
+    paper:str='coop', # whose list, of those in TEMPLATES
+) -> str|list[str]:
+    "The sentence that a paper's code uses for a data set, or several to average"
+    if paper not in TEMPLATES: raise _unknown('paper', paper, list(TEMPLATES))
+    def plain(name): return name.lower().replace('_', '')
+    asked = plain(dataset)
+    if asked == 'describabletextures': asked = 'dtd'
+    listed = {plain(name): sentence for name, sentence in TEMPLATES[paper].items()}
+    return listed.get(asked, TEMPLATES[paper][_OTHERS])
+
+# %% ../nbs/04_data.ipynb #04-129g
 ENSEMBLE = ['itap of a {}.', 'a bad photo of the {}.', 'a origami {}.', 'a photo of the large {}.',
             'a {} in a video game.', 'art of the {}.', 'a photo of the small {}.']
 
