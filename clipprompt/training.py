@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset
 from tqdm.auto import tqdm
 
 from .data import DataSet, Pictures, test_transform, train_transform
-from .learner import Classifier, PromptLearner, Recipe, frozen_key, keep
-from .learner import check_writable, remove_leftovers, write_safely
+from .files import check_writable, keep, remove_leftovers, write_safely
+from .learner import Classifier, PromptLearner, Recipe, frozen_key
 from .prompts import clean_names
 
 # %% ../nbs/06_training.ipynb #06-005
@@ -198,9 +198,10 @@ def _train(learner:PromptLearner, batches, optimizer, epoch:int, seed:int) -> fl
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for batch in batches:
-            try: losses.append(learner.training_step(batch, optimizer))
-            except FloatingPointError as e:
-                raise FloatingPointError(f'epoch {epoch}, step {len(losses)+1}: {e}') from None
+            losses.append(float(learner.training_step(batch, optimizer)))
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f'epoch {epoch}, step {len(losses)}: the loss is '
+                                         f'{losses[-1]}; lower the learning rate')
     return sum(losses)/len(losses)
 
 def _test(learner:PromptLearner, data:DataSet, tested:list[float], best:dict) -> dict[str, Tensor]:
