@@ -25,8 +25,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from clipprompt import data as data_module
-from clipprompt.data import (PUBLIC, TASKS, TEMPLATES, DataError, DataNotFound, join, load_dataset,
-                             template_of, test_transform)
+from clipprompt.data import DataError, DataNotFound, TEMPLATES, join, template_of, test_transform
+from clipprompt.public import PUBLIC
+from clipprompt.sets import TASKS, load_dataset
 from clipprompt.prompts import clean_names
 from helpers import one_line, refused, works
 
