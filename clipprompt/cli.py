@@ -30,7 +30,7 @@ from typer import Argument, Option
 from . import __version__
 from .backbone import load_backbone
 from .bench import CASES, bench, speed_table
-from .data import PUBLIC, DataSet, load_dataset, open_image, test_transform, to_rgb
+from .data import DOMAINS, DataSet, open_image, test_transform, to_rgb
 from .files import check_writable, write_safely
 from .hub import local_prompts
 from .learner import PromptLearner, Recipe, read_prompts
@@ -38,8 +38,9 @@ from .methods import find_method, load, methods as all_methods, rerun
 from .prompts import clean_names
 from clipprompt.protocols import (PROTOCOLS, SCORES, known_runs, protocol, read_records, usual_shots,
     write_table)
-from .methods import TASKS_ as TASKS, split_name
+from .public import PUBLIC
 from .report import compare, plot, table
+from .sets import load_dataset, split_name
 from .sweep import Run, Store, Swept, check_runs, grid, load_run, sweep
 from .training import evaluate
 
@@ -140,7 +141,8 @@ def _budgets(names:list[str], epochs:int|None, budget:str, protocol_name:str,
     who = {b: ', '.join(named(m, ks) for m, ks in methods.items()) for b, methods in told.items()}
     return '; '.join(f'{methods}: {b}' for b, methods in who.items())
 
-def _tasks(text:str) -> list[str]: return TASKS if text == 'all' else _list(text, what='task')
+def _tasks(text:str) -> list[str]:
+    return list(DOMAINS) if text == 'all' else _list(text, what='task')
 
 def _targets(text:str|None): return _list(text, what='targets') if text else ()
 
@@ -152,7 +154,7 @@ def compare_command(
     shots:Annotated[str|None, Option(help='training images per class; several make a curve; '
         '16 where not given, 4 per source in protocol domain')]=None,
     protocol_name:Annotated[str, Option('--protocol', help=' or '.join(PROTOCOLS))]='base-to-new',
-    task:Annotated[str, Option(help=f"{'|'.join(TASKS)}|styles|all, a public data set "
+    task:Annotated[str, Option(help=f"{'|'.join(DOMAINS)}|styles|all, a public data set "
         '(caltech101, pacs/sketch), a folder of images, or a table '
         '(photos.csv, photos.csv/sketch)')]='pixels',
     root:Root=None, targets:Targets=None, budget:Budget='book',
@@ -328,7 +330,7 @@ def rerun_command(
 # %% ../nbs/40_cli.ipynb #40-019
 class Classes(str, Enum): all, base, new = 'all', 'base', 'new'
 
-Data = Annotated[str, Argument(help=f"{'|'.join(TASKS)}|styles, emoji, a public data set "
+Data = Annotated[str, Argument(help=f"{'|'.join(DOMAINS)}|styles, emoji, a public data set "
     '(caltech101, pacs/sketch), a folder with one sub-folder of images per class, or a table '
     'of path and label (photos.csv, photos.csv/sketch)')]
 Task = Annotated[str|None, Option(help='a domain of the data, where DATA names none')]
@@ -643,5 +645,5 @@ def info(prompts:Annotated[Path|None, Argument(help='a prompt file to describe')
     out.print(load_backbone())
     out.print(f'methods: {_names}')
     out.print(f'protocols: {", ".join(PROTOCOLS)}')
-    for t in (*TASKS, 'styles'): out.print(f'data: {load_dataset("pictograms", task=t)}')
+    for t in (*DOMAINS, 'styles'): out.print(f'data: {load_dataset("pictograms", task=t)}')
     out.print(f'data: {load_dataset("emoji")}')
