@@ -35,7 +35,7 @@ from .coop import CoOp
 from .data import load_dataset
 from .deep import IVLP, VPT, MaPLe
 from .figures import STYLE, colour
-from .learner import check_writable, write_safely
+from .files import check_writable, write_safely
 from .prompts import Sentences
 from .provp import ProVPRef
 from .towers import VisionTower

@@ -122,6 +122,11 @@ class Sentences:
         ids = backbone.tokenize(texts)
         return cls(ids, ids.new_zeros(len(ids), 0), ids.argmax(-1))
 
+    def to(self, device:torch.device) -> 'Sentences':
+        "The same on another device"
+        if self.ids.device == device: return self
+        return Sentences(self.ids.to(device), self.slots.to(device), self.eot.to(device))
+
     def only(self, rows:Tensor) -> 'Sentences':
         "Some of the sentences, in the order of `rows`"
         return Sentences(self.ids[rows], self.slots[rows], self.eot[rows])

@@ -25,7 +25,8 @@ from .coop import CoOp
 from .data import PUBLIC, DataSet, load_dataset
 from .deep import IVLP, VPT, MaPLe
 from .figures import STYLE, colour, marker
-from .learner import PromptLearner, Recipe, check_writable, read_prompts
+from .files import check_writable
+from .learner import PromptLearner, Recipe, read_prompts
 from .map_dafe import MAPDAFE
 from .metaprompt import MetaPrompt
 from .mudpt import MuDPT

@@ -12,7 +12,8 @@ from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
 from clipprompt.data import load_dataset, test_transform, train_transform
 from clipprompt.deep import IVLP, VPT, MaPLe
-from clipprompt.learner import FP16_SCALE, Classifier, Recipe, keep
+from clipprompt.files import keep
+from clipprompt.learner import FP16_SCALE, Classifier, Recipe
 from clipprompt.training import encode, evaluate, fit
 from clipprompt.zeroshot import ZeroShot
 from helpers import shapes, tiny_clip

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from clipprompt import __version__
 from clipprompt.backbone import load_backbone
 from clipprompt.coop import CoOp
-from clipprompt.learner import HUB_FILE, local_prompts, model_card, read_prompts
+from clipprompt.hub import HUB_FILE, local_prompts, model_card
+from clipprompt.learner import read_prompts
 from clipprompt.report import METHODS, load_prompts
 from clipprompt.zeroshot import ZeroShot
 from helpers import one_line, refused, shapes, tiny_clip, works

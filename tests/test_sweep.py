@@ -22,7 +22,7 @@ import torch
 from clipprompt import data as data_module, sweep as sweep_module
 from clipprompt.backbone import assets, load_backbone
 from clipprompt.data import DataNotFound, load_dataset
-from clipprompt.learner import check_writable
+from clipprompt.files import check_writable
 from clipprompt.protocols import read_records, record, rerun, write_record, write_table
 from clipprompt.report import METHODS, compare, find_method
 from clipprompt.sweep import Run, attempt, grid, load_run, sweep

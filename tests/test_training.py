@@ -17,7 +17,8 @@ from safetensors import safe_open
 from clipprompt import training
 from clipprompt.coop import CoOp
 from clipprompt.data import load_dataset, test_transform
-from clipprompt.learner import PromptLearner, Recipe, write_safely
+from clipprompt.files import write_safely
+from clipprompt.learner import PromptLearner, Recipe
 from clipprompt.protocols import base_to_new, few_shot
 from clipprompt.report import METHODS, load_prompts
 from clipprompt.training import encode, evaluate, fit, lr_at
