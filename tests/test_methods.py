@@ -1,4 +1,4 @@
-"All methods by name, class or plug-in; their settings, budgets, files and looks; one training for all."
+"All methods by name, class or plug-in: settings, budgets, files, looks; one training for all."
 import warnings
 from dataclasses import replace
 from importlib.metadata import EntryPoint

@@ -8,10 +8,10 @@ from hypothesis import given, strategies as st
 from clipprompt import sweep as sweep_module
 from clipprompt.backbone import load_backbone
 from clipprompt.cards import CARDS, cards, facts, overview
-from clipprompt.methods import load, look, methods, rerun
+from clipprompt.methods import look, methods, rerun
 from clipprompt.protocols import Method, pack_hits, read_records, unpack_hits
 from clipprompt.report import compare, paired, plot, ranks, table
-from clipprompt.sweep import Run, grid, sweep
+from clipprompt.sweep import grid, sweep
 from helpers import one_line, shapes, tiny_clip
 from strangers import Mine
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 from clipprompt import data as data_module, sweep as sweep_module
 from clipprompt.backbone import assets, load_backbone
@@ -421,6 +420,7 @@ def test_any_row_can_be_run_again(rows, tmp_path):
         assert scores([again])[r['run']] == pytest.approx(scores([r])[r['run']], abs=1e-4)
 
 
+@pytest.mark.stress
 def test_stored_rows_can_be_run_again():
     "The rows that the book prints, too: the same pictures are right"
     r = next(r for r in read_records(assets()/'results.csv')
