@@ -3,7 +3,6 @@ cut."""
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from clipprompt import training
 from clipprompt.coop import CoOp
@@ -20,9 +18,8 @@ from clipprompt.data import load_dataset, test_transform
 from clipprompt.files import write_safely
 from clipprompt.learner import PromptLearner, Recipe
 from clipprompt.protocols import base_to_new, few_shot
-from clipprompt.report import METHODS, load_prompts
+from clipprompt.report import METHODS
 from clipprompt.training import encode, evaluate, fit, lr_at
-from clipprompt.variational import Variational
 from helpers import TINY, shapes, tiny_clip
 
 NAMES = [
@@ -46,112 +43,21 @@ def few(tmp_path_factory):
     return load_dataset(shapes(tmp_path_factory.mktemp('data')/'photos')).few_shot(3)
 
 
-@pytest.fixture(scope='module')
-def images():
-    return torch.randn(6, 3, 32, 32, dtype=torch.float64,
-                       generator=torch.Generator().manual_seed(0))
-
-
 def error(a, b): return ((a-b).abs().max()/b.abs().max()).item()
 
 
-# ---- every method --------------------------------------------------------------------------------
-
-EXTRA = {
-    'coop-middle': dict(position='middle', n_ctx=4), 'coop-front': dict(position='front', n_ctx=3),
-    'coop-csc': dict(csc=True, n_ctx=2)
-}
+# ---- methods: what each must keep is in test_check.py --------------------------------------------
 
 def learner_of(name, backbone, names=NAMES):
     "A learner whose parameters are not at their start"
-    if name in EXTRA: learner = CoOp(backbone, names, **EXTRA[name])
-    else: learner = METHODS[name].cls(backbone, names, **(METHODS[name].hparams or {}))
+    learner = METHODS[name].cls(backbone, names, **(METHODS[name].hparams or {}))
     g = torch.Generator().manual_seed(1)
     for p in learner.parameters(): p.data = torch.randn(p.shape, generator=g).to(backbone.dtype)
     return learner.eval()
 
-every = pytest.mark.parametrize('name', [*METHODS, *EXTRA])
-
-
-@every
-def test_parameters_are_the_trainable_ones(name, clip32, few):
-    learner = learner_of(name, clip32, few.classnames)
-    params, frozen = dict(learner.named_parameters()), list(clip32.model.parameters())
-    assert set(learner.state_dict()) == set(params)
-    assert not {id(p) for p in params.values()} & {id(p) for p in frozen}
-    assert not any(p.requires_grad for p in frozen)
-    before = {k: v.clone() for k, v in clip32.model.state_dict().items()}
-    was = {k: p.detach().clone() for k, p in params.items()}
-    fit(learner, few, RECIPE, progress=False)
-    changed = [not torch.equal(p, was[k]) for k, p in params.items()]
-    assert all(changed), 'a parameter that training leaves alone'
-    kept = [torch.equal(v, before[k]) for k, v in clip32.model.state_dict().items()]
-    assert all(kept), 'training changed CLIP'
-    assert all(p.grad is None for p in frozen) and not clip32.model.training
-
-
-@every
-def test_save_and_load(name, clip32, images, tmp_path):
-    learner, x = learner_of(name, clip32), images.float()
-    learner.save(tmp_path/'sub'/'p.safetensors')
-    again = load_prompts(tmp_path/'sub'/'p.safetensors', clip32).eval()
-    assert type(again) is type(learner)
-    assert again.hparams == learner.hparams
-    assert again.classnames == learner.classnames
-    with torch.no_grad(): assert torch.equal(again(x), learner(x))
-    assert [p.name for p in (tmp_path/'sub').iterdir()] == ['p.safetensors']
-    with safe_open(tmp_path/'sub'/'p.safetensors', 'pt') as f:
-        assert set(f.keys()) == set(learner.state_dict())
-
-
-@every
-def test_class_order_only_reorders_the_scores(name, clip, images):
-    learner, order = learner_of(name, clip), [3, 0, 4, 2, 1]
-    other = learner_of(name, clip, [NAMES[i] for i in order])
-    # what belongs to a class moves with it
-    for k, p in other.named_parameters():
-        axis = {'coop-csc': 1, 'linear-probe': 0}.get(name)
-        if axis is not None:
-            own = dict(learner.named_parameters())[k].data
-            p.data = own.index_select(axis, torch.tensor(order))
-    with torch.no_grad(): assert error(other(images), learner(images)[:, order]) < 1e-10
-    if learner.transfers:
-        with torch.no_grad():
-            again = learner.for_classes([NAMES[i] for i in order])
-            assert error(again(images), learner(images)[:, order]) < 1e-10
-
-
-@every
-def test_images_do_not_see_each_other(name, clip, images):
-    learner = learner_of(name, clip)
-    with torch.no_grad():
-        assert error(torch.cat([learner(images[i:i + 1]) for i in (3, 0, 5)]),
-                     learner(images)[[3, 0, 5]]) < 1e-10
-
-
-@pytest.mark.parametrize('name',
-                         [n for n in [*METHODS, *EXTRA] if n not in ('linear-probe', 'coop-csc')])
-def test_for_classes(name, clip, images):
-    """Other names, the same prompts: back again gives the old scores, a subset gives its columns,
-    and nothing is shared"""
-    learner = learner_of(name, clip)
-    few = learner.for_classes([NAMES[1], NAMES[3]]).eval()
-    with torch.no_grad():
-        # averaged probabilities depend on all names
-        scores = [
-            l.sample_logits(l.image_features(images)) if isinstance(l, Variational) else l(images)
-            for l in (few, learner)
-        ]
-        assert error(scores[0], scores[1][..., [1, 3]]) < 1e-10
-        assert torch.equal(few.for_classes(NAMES)(images), learner(images))
-    for p, q in zip(few.parameters(), learner.parameters(), strict=True):
-        assert torch.equal(p, q) and p.dtype == q.dtype
-        p.data.zero_()
-        assert q.abs().max() > 0
-    assert learner.for_classes(['guide_dog', 'eel ']).classnames == ['guide dog', 'eel']
-
-
-@pytest.mark.parametrize('name', METHODS)
+# solved; words; image prompts; episodes; drawn for each image
+@pytest.mark.parametrize(
+    'name', ['linear-probe', 'coop', 'vpt', 'metaprompt', 'variational-cocoop'])
 def test_protocol_rows(name, few, clip32):
     "The same seed, the same row; base and new are what a hand-made run gives"
     m = replace(METHODS[name], recipe=RECIPE)
@@ -170,7 +76,7 @@ def test_protocol_rows(name, few, clip32):
 
 # ---- schedule, seeds, evaluation -----------------------------------------------------------------
 
-@pytest.mark.parametrize('epochs,warmup', [(50, 1), (5, 1), (1, 1), (10, 0), (10, 3)])
+@pytest.mark.parametrize('epochs,warmup', [(12, 1), (5, 1), (1, 1), (10, 0), (10, 3)])
 def test_schedule(epochs, warmup, few, clip32):
     """Constant warm-up, then torch's own cosine over `epochs`, as Dassl chains them; and `fit`
     uses it"""
@@ -265,88 +171,13 @@ def test_randomness_is_left_alone_while_a_batch_is_used(few, clip32):
 
 # ---- interruptions -------------------------------------------------------------------------------
 
-KILLED = '''
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from clipprompt import training
-from clipprompt.coop import CoOp
-from clipprompt.data import load_dataset
-from clipprompt.learner import Recipe
-from helpers import tiny_clip
-
-folder, checkpoint, when, threads, tracker = sys.argv[2:]
-torch.set_num_threads(int(threads))
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-if when == 'in a step':                         # the second step of epoch 3
-    step, steps = CoOp.training_step, []
-    def training_step(self, batch, optimizer):
-        steps.append(1)
-        if len(steps) == 8: die()
-        return step(self, batch, optimizer)
-    CoOp.training_step = training_step
-elif when == 'after the rename':                # the third checkpoint has just got its name
-    replace, replaced = os.replace, []
-    def os_replace(a, b):
-        replace(a, b)
-        replaced.append(str(b).endswith('.check'))
-        if replaced.count(False) == 3: die()
-    os.replace = os_replace
-else:                                           # half of the third checkpoint is on disk
-    save, saved = training.save_file, []
-    def save_file(state, path, meta):
-        save(state, path, meta)
-        saved.append(1)
-        if len(saved) == 3: path.write_bytes(path.read_bytes()[:-50]); die()
-    training.save_file = save_file
-data = load_dataset(folder).few_shot(3)
-recipe = Recipe(lr=.05, epochs=6, batch_size=4)
-training.fit(CoOp(tiny_clip(), data.classnames, n_ctx=2), data, recipe, checkpoint=checkpoint,
-             progress=False, tracker=tracker or None)
-'''
 LONG = replace(RECIPE, epochs=6)
 
-@pytest.mark.skipif(os.name == 'nt', reason='signals')
-@pytest.mark.parametrize('when', ['in a step', 'while writing', 'after the rename'])
-def test_resume_after_kill_9(when, few, clip32, tmp_path):
-    """Prompts, losses and momentum go on as if nothing had happened: bit for bit the prompts of a
-    run in one piece"""
-    checkpoint, folder = tmp_path/'run'/'c', Path(few.source.root)
-    tracker = str(tmp_path/'events') if TENSORBOARD else ''
-    args = [Path(__file__).parent, folder, checkpoint, when, str(torch.get_num_threads()), tracker]
-    r = subprocess.run([sys.executable, '-c', KILLED, *args], capture_output=True, text=True)
-    assert r.returncode == -signal.SIGKILL, r.stderr
-    done = 3 if when == 'after the rename' else 2
-    assert bool(list(checkpoint.parent.glob('.*.tmp'))) == (when == 'while writing')
-    with safe_open(checkpoint, 'pt') as f:
-        assert f.metadata()['losses'].count(',') == done - 1
-        assert {k.split('.')[0] for k in f.keys()} == {'param', 'momentum'}
-    whole, tokens = train(clip32, few, recipe=LONG)
-    epochs = []
-    batches = training._epoch_batches
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(training, '_epoch_batches', lambda *a: (epochs.append(a[-1]), batches(*a))[1])
-        resumed, again = train(clip32, few, recipe=LONG, checkpoint=checkpoint,
-                               tracker=tracker or None)
-    assert epochs == [3, 4, 5, 6][done-2:]
-    assert torch.equal(tokens, again)
-    assert resumed.losses == whole.losses
-    # the killed writer's half file is gone
-    assert [p.name for p in checkpoint.parent.iterdir()] == ['c']
-    # epoch 3 was tracked before its checkpoint was lost, and is there once
-    if tracker:
-        points = events(tracker)['loss']
-        assert [s for s, _ in points] == [1, 2, 3, 4, 5, 6]
-        assert [v for _, v in points] == pytest.approx(whole.losses, rel=1e-6)
-    # finished: nothing left to do
-    third, same = train(clip32, few, recipe=LONG, checkpoint=checkpoint)
-    assert torch.equal(tokens, same) and third.losses == whole.losses
-
-
 MOMENTS = '''
-import json, os, random, signal, sys, threading, time
+import json, os, signal, sys, threading
 sys.path.insert(0, sys.argv[1])
 import torch
+from safetensors import safe_open
 from tqdm import tqdm
 from clipprompt import training
 from clipprompt.data import load_dataset
@@ -354,12 +185,38 @@ from clipprompt.learner import Recipe
 from clipprompt.report import METHODS
 from helpers import tiny_clip
 
-folder, where, *names = sys.argv[2:]
+folder, where, track, *names = sys.argv[2:]
 torch.set_num_threads(1)          # forked processes cannot share a pool of threads
 tqdm.set_lock(threading.RLock())  # nor tqdm's own lock, which a killed one would keep for ever
 tqdm.monitor_interval = 0
-random.seed(int(time.time()))
 data, clip = load_dataset(folder).few_shot(3), tiny_clip()
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+def die_in_step(cls, n):
+    step, steps = cls.training_step, []
+    def training_step(self, batch, optimizer):
+        steps.append(1)
+        if len(steps) == n: die()
+        return step(self, batch, optimizer)
+    training_step.__qualname__ = step.__qualname__   # the run is the same run
+    cls.training_step = training_step
+
+def die_at_checkpoint(n, renamed):
+    "The n-th has just got its name, or is half on disk"
+    replace, seen = os.replace, []
+    def os_replace(a, b):
+        if os.path.basename(b) != 'checkpoint.safetensors': return replace(a, b)
+        seen.append(1)
+        if renamed: replace(a, b)
+        if len(seen) == n and not renamed: os.truncate(a, os.path.getsize(a) - 50)
+        if len(seen) == n: die()
+        if not renamed: replace(a, b)
+    os.replace = os_replace
+
+def moments(cls): # three steps make an epoch; how many epochs are safe after each
+    return [(lambda: die_in_step(cls, 8), 2), (lambda: die_at_checkpoint(2, False), 3),
+            (lambda: die_at_checkpoint(2, True), 5)]
 
 def run(name, checkpoint, tracker):
     views = 2 if name in ('coop', 'variational-coop') else None
@@ -370,40 +227,40 @@ def run(name, checkpoint, tracker):
     state = {n: p.detach().double().flatten().tolist() for n, p in learner.named_parameters()}
     return state, fit.losses, fit.tested
 
+def child(name, place, tracker, arm):
+    "How a process that does the run ends"
+    pid = os.fork()
+    if pid: return os.waitpid(pid, 0)[1]
+    try:
+        if arm: arm()
+        result = run(name, place, tracker)
+        with open(f'{where}/{name}.json', 'w') as f: json.dump(result, f)
+    finally: os._exit(0)
+
 for name in names:
     os.makedirs(place := f'{where}/{name}')
-    start = time.perf_counter()
-    whole, seconds = run(name, None, None), time.perf_counter()-start
-    kills, tracked = 0, name == 'coop' and os.environ['TRACK']
-    while True:
-        if not (child := os.fork()):
-            result = run(name, place, f'{where}/events' if tracked else None)
-            with open(f'{where}/{name}.json', 'w') as f: json.dump(result, f)
-            os._exit(0)
-        if kills < 6:
-            # a tracked run may first wait for the next second
-            more = random.random() if tracked and kills else 0
-            time.sleep(seconds*random.uniform(.05, .4) + more)
-        if kills < 6: os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status): break
-        kills += 1
-    assert os.WEXITSTATUS(status) == 0, name
+    tracker = f'{where}/events' if track and name == 'coop' else None
+    whole, left = run(name, None, None), []
+    for arm, safe in moments(METHODS[name].cls):
+        status = child(name, place, tracker, arm)
+        assert os.WIFSIGNALED(status), f'{name} was not killed'
+        with safe_open(f'{place}/checkpoint.safetensors', 'pt') as f: meta = f.metadata()
+        left.append([len(os.listdir(place)), len(json.loads(meta['losses'])), safe])
+    child(name, place, tracker, None)
     with open(f'{where}/{name}.json') as f: resumed = json.load(f)
     same = resumed == json.loads(json.dumps(whole))
-    print(json.dumps(dict(name=name, kills=kills, same=same, left=sorted(os.listdir(place)))),
-          flush=True)
+    print(json.dumps(dict(name=name, same=same, left=left, end=os.listdir(place))), flush=True)
 '''
 # fixed views and a chosen epoch; fresh augmentation; episodes; noise
 KILLABLE = ['coop', 'vpt', 'metaprompt', 'variational-coop']
 
 @pytest.fixture(scope='module')
 def killed(few, tmp_path_factory):
-    "Runs of eight epochs, killed six times each at random moments, and told to go on"
-    where = tmp_path_factory.mktemp('killed')
-    args = [Path(__file__).parent, few.source.root, where, *KILLABLE]
-    r = subprocess.run([sys.executable, '-c', MOMENTS, *args], capture_output=True, text=True,
-                       env=os.environ | dict(TRACK='1' if TENSORBOARD else ''))
+    """Runs of eight epochs, killed in a step, while a checkpoint is written, and when it has just
+    got its name; and told to go on"""
+    where, track = tmp_path_factory.mktemp('killed'), 'yes' if TENSORBOARD else ''
+    args = [Path(__file__).parent, few.source.root, where, track, *KILLABLE]
+    r = subprocess.run([sys.executable, '-c', MOMENTS, *args], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     return where, {row['name']: row for row in map(json.loads, r.stdout.splitlines())}
 
@@ -412,12 +269,15 @@ def killed(few, tmp_path_factory):
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
 @pytest.mark.parametrize('name', KILLABLE)
 def test_kill_9_at_any_moment(name, killed):
-    """Parameters, losses and test accuracies are those of a run in one piece, and nothing but the
-    checkpoint is left"""
+    """Prompts, losses and test accuracies go on as if nothing had happened, bit for bit those of a
+    run in one piece; a half file does no harm and does not stay"""
     row = killed[1][name]
-    assert row['kills'] and row['same'] and row['left'] == ['checkpoint.safetensors'], row
+    assert row['same'] and row['end'] == ['checkpoint.safetensors'], row
+    for files, epochs, safe in row['left']: assert epochs == safe, row
+    assert [files for files, *_ in row['left']] == [1, 2, 1], row
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
 def test_tracked_once_after_kill_9(killed):
     "TensorBoard shows each epoch of the killed runs once, with the loss of the run in one piece"
