@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clipprompt.backbone import load_backbone
 from clipprompt.check import check_learner
 from clipprompt.coop import CoOp
 from clipprompt.data import DataError, join, load_dataset
