@@ -6,6 +6,7 @@
 __all__ = ['FP16_SCALE', 'Classifier', 'frozen_key', 'Recipe', 'PromptLearner', 'read_prompts']
 
 # %% ../nbs/05_learner.ipynb #05-003
+import copy
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from .backbone import Backbone, nearest
 from .data import DataSet
 from .files import keep, write_safely
 from .hub import local_prompts, push
-from .prompts import Sentences, clean_names
+from .prompts import Sentences, clean_names, settled
 from .towers import TextTower, VisionTower
 
 # %% ../nbs/05_learner.ipynb #05-015
@@ -98,6 +99,15 @@ class Classifier(nn.Module):
         "The weighted sum of the parts"
         parts = self.loss_terms(*batch)
         return sum(self.loss_weights.get(k, 1.)*part for k, part in parts.items())
+
+    def __deepcopy__(self, memo):
+        "Parameters of its own, the same CLIP"
+        made = memo[id(self)] = type(self).__new__(type(self))
+        model = self.backbone.model
+        shared = self.backbone, *model.modules(), *model.parameters()
+        memo |= {id(part): part for part in shared}
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
 
     def _apply(self, fn, recurse=True):
         "`to`, `cuda` and the like: CLIP and token ids follow to another device"
@@ -284,7 +294,8 @@ class PromptLearner(_Trainable):
         meta, state = read_prompts(path)
         _must_belong(path, meta, cls.method, backbone)
         try:
-            learner = cls(backbone, meta['classnames'], **meta['hparams'])
+            hparams = settled(backbone, meta['hparams'], state)
+            learner = cls(backbone, meta['classnames'], **hparams)
             for t in state.values(): learner.to(t.dtype)
             learner.load_state_dict(state)
         except (TypeError, RuntimeError):
