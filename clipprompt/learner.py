@@ -6,7 +6,6 @@
 __all__ = ['FP16_SCALE', 'Classifier', 'frozen_key', 'Recipe', 'PromptLearner', 'read_prompts']
 
 # %% ../nbs/05_learner.ipynb #05-003
-import copy
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -99,15 +98,6 @@ class Classifier(nn.Module):
         "The weighted sum of the parts"
         parts = self.loss_terms(*batch)
         return sum(self.loss_weights.get(k, 1.)*part for k, part in parts.items())
-
-    def __deepcopy__(self, memo):
-        "Parameters of its own, the same CLIP"
-        made = memo[id(self)] = type(self).__new__(type(self))
-        model = self.backbone.model
-        shared = self.backbone, *model.modules(), *model.parameters()
-        memo |= {id(part): part for part in shared}
-        vars(made).update(copy.deepcopy(vars(self), memo))
-        return made
 
     def _apply(self, fn, recurse=True):
         "`to`, `cuda` and the like: CLIP and token ids follow to another device"
