@@ -26,8 +26,11 @@ from torch import Tensor
 
 from . import __version__
 from .backbone import Backbone, load_backbone, nearest
-from .data import PUBLIC, TASKS, DataError, DataSet, load_dataset
-from .learner import PromptLearner, Recipe, write_safely
+from .data import DataError, DataSet
+from .public import PUBLIC
+from .sets import TASKS, load_dataset
+from .files import write_safely
+from .learner import PromptLearner, Recipe
 from .training import evaluate, fit
 
 # %% ../nbs/07_protocols.ipynb #07-007
