@@ -446,11 +446,10 @@ class HidesNaN(Good):
         return super().training_step(batch, optimizer).nan_to_num()
 
 @breaks('copies')
-class CopiesClip(Good):
-    def __deepcopy__(self, memo):
-        made = memo[id(self)] = type(self).__new__(type(self))
-        vars(made).update(copy.deepcopy(vars(self), memo))
-        return made
+class HoldsAPartOfClip(Good):
+    def build(self, *args):
+        super().build(*args)
+        self.borrowed = [self.backbone.text.transformer]
 
 @breaks('copies')
 class CopiesNothing(Good):
