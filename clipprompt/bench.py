@@ -335,13 +335,14 @@ def run_case(name:str, clip:Backbone, options:tuple, repeats:int=5,
     def enough(): return len(times['plain']) >= 2 and sum(times['plain']) >= limit
     while len(times['fast']) < repeats and not enough():
         for way, t in times.items(): t.append(_timed(steps[way], cuda)[0])
+    if not times['floor']: times['floor'].append(_timed(steps['floor'], cuda)[0])
     mb = memory(name, options)
     plain_s, fast_s = median(times['plain']), median(times['fast'])
     cpu = f'CPU, {torch.get_num_threads()} threads'
-    above = median(f/g for f, g in zip(times['fast'], times['floor']) if g > 0)
+    floor_s = median(times['floor'])
     return dict(
         case=name, plain_s=plain_s, fast_s=fast_s, ratio=plain_s/fast_s,
-        steps_per_s=1/fast_s, floor_s=median(times['floor']), above_floor=above,
+        steps_per_s=1/fast_s, floor_s=floor_s, above_floor=fast_s/floor_s,
         plain_mb=mb['plain'], fast_mb=mb['fast'],
         device=torch.cuda.get_device_name(clip.device) if cuda else cpu, what=case.what,
         plain_mb_extrapolated=case.sizes.get('n_classes', 0) > LARGE,

@@ -604,7 +604,7 @@ def test_towers_compile_without_a_break(clip32, images, case):
     assert error(compiled(lambda x: tower(x, prompts), x), theirs) < 1e-5
 
 
-@pytest.mark.long
+@pytest.mark.stress
 @pytest.mark.parametrize('case', ['text', 'image'])
 def test_compiled_towers_have_the_same_numbers(clip32, images, case):
     "Through inductor: features and gradients"
