@@ -10,6 +10,7 @@ __all__ = ['LOGITS', 'default_workers', 'check_workers', 'reader', 'frozen_featu
 import multiprocessing
 import os
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from .data import Augmented, DataSet, Pictures, normalised, test_transform
 from .files import keep_rows
 from .learner import Classifier, PromptLearner, frozen_key
 from .prompts import clean_names
+from .sets import as_dataset
 
 # %% ../nbs/05b_evaluation.ipynb #05b-004
 def default_workers(device:torch.device) -> int:
@@ -170,7 +172,7 @@ def same_classes(learner:Classifier, data:DataSet):
 @torch.no_grad()
 def evaluate(
     learner:PromptLearner,
-    data:DataSet,
+    data,            # a DataSet, or what `as_dataset` takes: all of a torch data set is scored
     split:str='test',
     batch_size:int=100,
     # from `encode`, when the image side is frozen and they are known already
@@ -178,6 +180,7 @@ def evaluate(
     logits:bool|None=None, # keep all of them? None: where they are few
     workers:int|None=None,
     progress:bool=False,
+    classnames:list[str]|None=None, # of a data set that does not know them
 ) -> Evaluation:
     """
     Score a split
@@ -185,6 +188,9 @@ def evaluate(
     Raises ValueError when the learner does not know the data set's classes, or where logits are
     not finite.
     """
+    if not isinstance(data, DataSet):
+        whole = None if isinstance(data, Mapping) else data
+        data = as_dataset(data, classnames, test=whole)
     same_classes(learner, data)
     learner.eval()
     n_classes, device = len(learner.classnames), learner.backbone.device

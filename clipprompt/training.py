@@ -19,6 +19,7 @@ from .data import DataSet, mixed
 from .evaluation import encode, evaluate, frozen_features, same_classes
 from .hooks import Checkpoint, Hook, Progress, Select, Track
 from .learner import PromptLearner, Recipe
+from .sets import as_dataset
 from .steps import Collecting, Feed, lr_at, optimizer_of, stepper
 
 # %% ../nbs/06_training.ipynb #06-016b
@@ -120,7 +121,7 @@ class Fit:
 # %% ../nbs/06_training.ipynb #06-018
 def fit(
     learner:PromptLearner,
-    data:DataSet,            # its training split is used
+    data,                    # a DataSet, or what `as_dataset` takes; its training part is used
     recipe:Recipe|None=None, # the method's 16-shot recipe by default
     seed:int=0,              # of order, augmentation and noise
     # file to write after each epoch and to resume from, one run each; in a folder (one that
@@ -134,6 +135,7 @@ def fit(
     tracker=None,
     hooks:list[Hook]=(),     # more of them
     workers:int|None=None,   # processes that read pictures; None: none on a CPU, up to 8 for a GPU
+    classnames:list[str]|None=None, # of a data set that does not know them
 ) -> Fit:
     """
     Train the learner's parameters
@@ -143,6 +145,7 @@ def fit(
     """
     start, recipe = perf_counter(), recipe or learner.recipe()
     if views: recipe = replace(recipe, views=views)
+    data = as_dataset(data, classnames)
     same_classes(learner, data)
     learner.to(learner.backbone.device).train()
     learner.prepare(data)

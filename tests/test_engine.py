@@ -395,3 +395,21 @@ def test_prepare_is_called_once_by_fit(clip, few):
     learner = Looks(clip, few.classnames, n_ctx=2)
     fit(learner, few, RECIPE, progress=False)
     assert learner.looked == 12
+
+
+# ---- other people's data -------------------------------------------------------------------------
+
+def test_any_data_set_of_images_and_labels(clip, few):
+    "The same pixels and order, the same prompts; class names are asked for"
+    pictures = few.pictures('train', lambda image: image)
+    class Pairs(torch.utils.data.Dataset):
+        def __len__(self): return len(pictures)
+        def __getitem__(self, i): return pictures[i]
+    learner = CoOp(clip, few.classnames, n_ctx=2)
+    report = fit(learner, Pairs(), RECIPE, progress=False, classnames=few.classnames)
+    assert report.epochs == 3 and learner.ctx.tokens.isfinite().all()
+    scores = evaluate(learner, Pairs(), classnames=few.classnames)
+    assert torch.equal(scores.logits, evaluate(learner, few, 'train').logits)
+    for call in (fit, evaluate):
+        with pytest.raises(ValueError) as e: call(learner, Pairs())
+        one_line(e, 'Pairs', 'classnames=[...]')
