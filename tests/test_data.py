@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from clipprompt.data import (DOMAINS, ENSEMBLE, PICTOGRAM_TEMPLATES, TASKS, TEMPLATES, DataError,
-                             DataNotFound, DataSet, Item, edge_map, load_dataset, pixelate,
-                             rotate90, template_of, test_transform, to_rgb,
-                             train_transform)
+from clipprompt.data import (DOMAINS, DataError, DataNotFound, DataSet, ENSEMBLE, Item,
+                             PICTOGRAM_TEMPLATES, TEMPLATES, edge_map, pixelate, rotate90,
+                             template_of, test_transform, to_rgb, train_transform)
+from clipprompt.sets import TASKS, load_dataset
 
 CLIP = SimpleNamespace(image_size=32, mean=(.48, .46, .41), std=(.27, .26, .28),
                        interpolation='bicubic')
@@ -964,7 +964,7 @@ def pool(tmp_path_factory):
     return root
 
 POOL = [f'{c}/{i:02d}.png' for c in 'ab' for i in range(6)]
-quick = settings(max_examples=40, deadline=None,
+quick = settings(max_examples=20, deadline=None,
                  suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAMES = st.text('xyz é,"_', min_size=1,
                 max_size=5).filter(lambda n: n.strip() == n and n.replace('_', ' ').strip())
