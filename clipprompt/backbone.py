@@ -190,6 +190,8 @@ class Backbone:
         if self.dtype != before: self.__dict__.pop('fingerprint', None)  # rounded: other weights
         return self
 
+    def __deepcopy__(self, memo) -> 'Backbone': return self  # frozen: copies of a learner share it
+
     def autocast(self) -> torch.autocast:
         "What the frozen towers run in: half precision if `precision` asks for it"
         half = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.precision)
