@@ -12,7 +12,8 @@ from clipprompt.learner import Classifier, PromptLearner, Recipe
 from clipprompt.prompts import Given
 from clipprompt.protocols import Method
 from clipprompt.provp import Progressive, ProVP, ProVPRef, Reformed, provp_template, reformation
-from clipprompt.training import View, evaluate, fit
+from clipprompt.evaluation import evaluate
+from clipprompt.training import View, fit
 from helpers import one_line, shapes, tiny_clip
 
 NAMES = ['polar bear', 'key', 'cart']
