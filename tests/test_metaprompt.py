@@ -15,7 +15,8 @@ from clipprompt.prompts import Prompts, phrase_tokens
 from clipprompt.protocols import Method, domain
 from clipprompt.provp import ProVPRef
 from clipprompt.towers import TextTower, VisionTower
-from clipprompt.training import fit, lr_at
+from clipprompt.steps import lr_at
+from clipprompt.training import fit
 from helpers import one_line, tiny_clip
 
 NAMES = ['camera', 'shopping_cart', 'key', 'umbrella', 'alarm clock', 'fork', 'bed']

@@ -12,7 +12,8 @@ from clipprompt.learner import Classifier, PromptLearner, Recipe
 from clipprompt.prompts import Given
 from clipprompt.protocols import Method
 from clipprompt.provp import Progressive, ProVP, ProVPRef, Reformed, provp_template, reformation
-from clipprompt.training import View, evaluate, fit
+from clipprompt.evaluation import evaluate
+from clipprompt.training import fit
 from helpers import one_line, shapes, tiny_clip
 
 NAMES = ['polar bear', 'key', 'cart']
@@ -159,17 +160,6 @@ def test_fixed_views_give_their_frozen_features(half, photos, monkeypatch):
     for x, z in seen: torch.testing.assert_close(bare.image_features(x), z)
 
 
-def test_a_view_is_the_same_in_any_order(half, photos):
-    pictures = photos.few_shot(4, 1).pictures('train', train_transform(half))
-    a, b = View(pictures, 5), View(pictures, 5)
-    first = [a[i][0] for i in range(len(a))]
-    torch.manual_seed(99); state = torch.get_rng_state()
-    for i in reversed(range(len(b))): assert torch.equal(b[i][0], first[i])
-    assert torch.equal(state, torch.get_rng_state())
-    assert not torch.equal(View(pictures, 6)[0][0], first[0])
-    assert a.fingerprint != View(pictures, 6).fingerprint
-
-
 # ---- the best epoch on test ----------------------------------------------------------------------
 
 def test_best_on_test_is_kept_and_recorded(half, photos, tmp_path):
@@ -177,9 +167,9 @@ def test_best_on_test_is_kept_and_recorded(half, photos, tmp_path):
     recipe = Recipe(lr=.3, epochs=5, batch_size=6, select='best_on_test')
     learner = ProVP(half, photos.classnames, n_visual=2)
     history = fit(learner, data, recipe, seed=1, progress=False)
-    assert len(history.tested) == 5
+    assert len(history.scores) == 5
     assert history.recipe.select == 'best_on_test'
-    assert evaluate(learner, data).accuracy == max(history.tested)
+    assert evaluate(learner, data).accuracy == max(history.scores)
     # stopped after three epochs, taken up again
     stopped = ProVP(half, photos.classnames, n_visual=2)
     def interrupt(self, batch, optimizer, step=PromptLearner.training_step):
@@ -192,10 +182,10 @@ def test_best_on_test_is_kept_and_recorded(half, photos, tmp_path):
         fit(stopped, data, recipe, seed=1, checkpoint=tmp_path/'c', progress=False)
     again = ProVP(half, photos.classnames, n_visual=2)
     assert fit(again, data, recipe, seed=1, checkpoint=tmp_path/'c',
-               progress=False).tested == history.tested
+               progress=False).scores == history.scores
     assert torch.equal(again.visual_ctx.tokens, learner.visual_ctx.tokens)
     fresh = ProVP(half, photos.classnames, n_visual=2)
-    assert not fit(fresh, data, Recipe(epochs=1), progress=False).tested
+    assert not fit(fresh, data, Recipe(epochs=1), progress=False).scores
 
 
 def test_bad_input(clip):

@@ -25,7 +25,7 @@ from clipprompt.files import check_writable
 from clipprompt.protocols import read_records, record, rerun, write_record, write_table
 from clipprompt.report import METHODS, compare, find_method
 from clipprompt.sweep import Run, attempt, grid, load_run, sweep
-from clipprompt.training import evaluate
+from clipprompt.evaluation import evaluate
 from helpers import clipprompt, one_line, refused, shapes, works
 
 SCORES = ['base', 'new', 'h', 'accuracy', 'hits_base', 'hits_new', 'hits_accuracy']
