@@ -124,8 +124,8 @@ def _sun(place:Place) -> Lists:
     folders = [line.strip('/') for line in place.lines('ClassName.txt', str)]
     label = {folder: l for l, folder in enumerate(folders)}
     def called(folder):
-        letter, *words = folder.split('/')
-        return words(' '.join(reversed(words)))
+        letter, *parts = folder.split('/')
+        return words(' '.join(reversed(parts)))
     def read(line):
         path = line.strip('/')
         return path, label[path.rpartition('/')[0]]

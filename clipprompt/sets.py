@@ -134,8 +134,8 @@ def to_picture(
         with open_image(str(image)) as picture: return to_rgb(picture)
     if isinstance(image, torch.Tensor): image = image.detach().cpu().numpy()
     if isinstance(image, np.ndarray): return to_rgb(Image.fromarray(_bytes(_channels_last(image))))
-    raise ValueError(f'a {type(image).__name__} is no picture; give a PIL image, a path, '
-                     'or pixels as a tensor or array')
+    raise ValueError(f'an object of type {type(image).__name__} is no picture; '
+                     'give a PIL image, a path, or pixels as a tensor or array')
 
 def _channels_last(pixels:np.ndarray) -> np.ndarray: # [H, W], [H, W, 3] or [H, W, 4]
     depths, shape = (1, 3, 4), pixels.shape
