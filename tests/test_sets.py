@@ -179,6 +179,14 @@ def test_labels_that_disagree_with_the_items_are_not_believed(kept):
     assert [i.label for i in as_dataset(held(classes=NAMES, **kept)).train] == [0, 1]*3
 
 
+@pytest.mark.parametrize('kept', [
+    dict(features=torch.zeros(6, 2)), dict(classes=2), dict(classes=[0, 1]), dict(samples=3),
+    dict(tensors=torch.zeros(6)), dict(data=torch.zeros(2)), dict(info=dict(a=1)), dict(indices=0)])
+def test_attributes_that_mean_something_else(kept):
+    data = as_dataset(held(**kept), NAMES)
+    assert [i.label for i in data.train] == [0, 1]*3 and data.fingerprint
+
+
 def test_labels_may_be_changed_on_the_way(tmp_path):
     shapes(tmp_path, n=2)
     turned = ImageFolder(str(tmp_path), target_transform=lambda label: 3-label)
@@ -277,6 +285,7 @@ class Stream:
     (lambda: as_dataset(Stream(), NAMES), ['of type Stream', '__len__ and __getitem__']),
     (lambda: as_dataset(DataLoader(held()), NAMES), ['of type DataLoader', '__getitem__']),
     (lambda: as_dataset(7, NAMES), ['of type int', '__getitem__']),
+    (lambda: as_dataset('photos', NAMES), ["'photos' is a name or a path", 'load_dataset']),
     (lambda: as_dataset(dict(test=held())), ["no part 'train' among test"]),
     (lambda: as_dataset(Held([dict(x=noise(), label=0)]), NAMES),
      ['no column for the pictures', "rename one to 'image'"])])
