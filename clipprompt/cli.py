@@ -30,15 +30,17 @@ from typer import Argument, Option
 from . import __version__
 from .backbone import Backbone, load_backbone
 from .bench import CASES, bench, speed_table
-from .data import PUBLIC, DataSet, load_dataset, open_image, test_transform, to_rgb
+from .data import DataSet, open_image, test_transform, to_rgb
+from .public import PUBLIC
+from .sets import load_dataset, split_name
 from .files import check_writable, write_safely
 from .hub import local_prompts
 from .learner import PromptLearner, Recipe, read_prompts
 from .prompts import clean_names
 from .protocols import (PROTOCOLS, SCORES, known_runs, protocol, read_records, rerun,
     usual_shots, write_table)
-from .report import (METHODS, TASKS, compare, find_method, load_prompts, plot,
-    split_name, table)
+from clipprompt.report import (METHODS, TASKS, compare, find_method, load_prompts, plot,
+    table)
 from .sweep import Run, Swept, grid, load_run, look, sweep
 from .training import evaluate
 

@@ -26,7 +26,9 @@ from torch import Tensor
 
 from . import __version__
 from .backbone import Backbone, load_backbone, nearest
-from .data import PUBLIC, TASKS, DataError, DataSet, load_dataset
+from .data import DataError, DataSet
+from .public import PUBLIC
+from .sets import TASKS, load_dataset
 from .files import write_safely
 from .learner import PromptLearner, Recipe
 from .training import evaluate, fit

@@ -24,7 +24,8 @@ from .files import check_writable, write_safely
 from .learner import Recipe
 from .protocols import (Method, apart, draw, protocol, read_records, record, run_id,
     second_set, usual_shots, write_record)
-from .report import find_data, find_method, split_name
+from .report import find_method
+from .sets import find_data, split_name
 
 # %% ../nbs/22_sweep.ipynb #22-007
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from safetensors import safe_open
 
 from clipprompt import training
 from clipprompt.coop import CoOp
-from clipprompt.data import load_dataset, test_transform
+from clipprompt.data import test_transform
 from clipprompt.deep import VPT
 from clipprompt.files import write_safely
 from clipprompt.learner import PromptLearner, Recipe
+from clipprompt.sets import load_dataset
 from clipprompt.training import Feed, Hook, encode, evaluate, fit, lr_at, shuffled
 from helpers import TINY, shapes, tiny_clip
 
@@ -145,7 +146,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from clipprompt import training
 from clipprompt.coop import CoOp
-from clipprompt.data import load_dataset
+from clipprompt.sets import load_dataset
 from clipprompt.learner import Recipe
 from helpers import tiny_clip
 
@@ -226,7 +227,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from clipprompt import files, training
 from clipprompt.coop import CoOp
-from clipprompt.data import load_dataset
+from clipprompt.sets import load_dataset
 from clipprompt.deep import VPT
 from clipprompt.learner import PromptLearner, Recipe
 from clipprompt.metaprompt import MetaPrompt
