@@ -22,8 +22,10 @@ from clipprompt.data import test_transform
 from clipprompt.sets import load_dataset
 from clipprompt.learner import read_prompts
 from clipprompt.protocols import harmonic_mean, summary
-from clipprompt.report import METHODS, load_prompts
+from clipprompt.methods import find_method, load as load_prompts, methods
 from helpers import clipprompt, refused, shapes, works
+
+METHODS = {name: find_method(name) for name in methods()}
 
 COLUMNS = 'method protocol task shots seed base new h seconds trainable'.split()
 COMMANDS = ['compare', 'train', 'evaluate', 'predict', 'info']

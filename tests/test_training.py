@@ -146,7 +146,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from clipprompt import training
 from clipprompt.coop import CoOp
-from clipprompt.sets import load_dataset
+
 from clipprompt.learner import Recipe
 from helpers import tiny_clip
 
@@ -227,9 +227,10 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from clipprompt import files, training
 from clipprompt.coop import CoOp
-from clipprompt.sets import load_dataset
+
 from clipprompt.deep import VPT
 from clipprompt.learner import PromptLearner, Recipe
+from clipprompt.sets import load_dataset
 from clipprompt.metaprompt import MetaPrompt
 from clipprompt.variational import VariationalCoOp
 from helpers import tiny_clip
@@ -305,7 +306,7 @@ def killed(few, tmp_path_factory):
     return where, {row['name']: row for row in map(json.loads, r.stdout.splitlines())}
 
 
-@pytest.mark.stress
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
 @pytest.mark.parametrize('name', KILLABLE)
 def test_kill_9_at_any_moment(name, killed):
