@@ -306,7 +306,7 @@ def killed(few, tmp_path_factory):
     return where, {row['name']: row for row in map(json.loads, r.stdout.splitlines())}
 
 
-@pytest.mark.long
+@pytest.mark.stress
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
 @pytest.mark.parametrize('name', KILLABLE)
 def test_kill_9_at_any_moment(name, killed):
