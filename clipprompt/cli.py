@@ -412,7 +412,8 @@ def train(
     if not in_epochs and (epochs or checkpoint or tracker):
         err.print(f'warning: {method} is not trained in epochs, '
                   'so --epochs, --checkpoint and --tracker do nothing')
-    learner = m.train(backbone, pictures, seed, recipe, checkpoint, progress=True, tracker=tracker)
+    learner = m.train(backbone, pictures, seed, recipe, progress=True, checkpoint=checkpoint,
+        tracker=tracker)
     learner.save(out_file)
     accuracy = evaluate(learner, pictures).accuracy
     out.print(f'{method} on {pictures}: test accuracy {accuracy:.1f} %; wrote {out_file}')
