@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from clipprompt import hooks, training
+from clipprompt import training
 from clipprompt.coop import CoOp
 from clipprompt.data import test_transform
 from clipprompt.deep import VPT
