@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DOMAINS', 'TASKS', 'COOP', 'DASSL', 'PUBLIC', 'TEMPLATES', 'ENSEMBLE', 'PICTOGRAM_TEMPLATES', 'as_drawn', 'edge_map',
-           'pixelate', 'rotate90', 'DataError', 'DataNotFound', 'Item', 'Pictures', 'DataSet', 'join', 'PublicSet',
-           'load_dataset', 'train_transform', 'test_transform']
+           'pixelate', 'rotate90', 'DataError', 'DataNotFound', 'Item', 'Texts', 'Pictures', 'mixed', 'Augmented',
+           'DataSet', 'join', 'PublicSet', 'load_dataset', 'normalised', 'train_transform', 'test_transform']
 
 # %% ../nbs/04_data.ipynb #04-002
 import csv, difflib, hashlib, json, os, posixpath, random, re, sys, warnings, zipfile, zlib
@@ -198,6 +198,19 @@ def _look(domain:Callable) -> str:
     return hashlib.sha256(domain(Image.fromarray(noise)).tobytes()).hexdigest()[:16]
 
 # %% ../nbs/04_data.ipynb #04-033
+class Texts:
+    "Many strings in one buffer, which worker processes share instead of copying"
+    def __init__(self, texts):
+        encoded = [t.encode() for t in texts]
+        self.buffer = b''.join(encoded)
+        self.ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int: return len(self.ends)-1
+
+    def __getitem__(self, i:int) -> str:
+        if not 0 <= i < len(self): raise IndexError(i)
+        return self.buffer[self.ends[i]:self.ends[i+1]].decode()
+
 class Pictures(Dataset):
     "Items as a torch data set of (image [3, H, W], label)"
     def __init__(self,
@@ -205,19 +218,45 @@ class Pictures(Dataset):
         items:list[Item],
         transform:Callable, # PIL image -> tensor [3, H, W]
     ):
-        self.data, self.items, self.transform = data, items, transform
+        self.data, self.transform = data, transform
+        self.paths = Texts(i.path for i in items)
+        self.labels = torch.tensor([i.label for i in items], dtype=torch.long)  # [N]
+        self.kinds = sorted({i.domain for i in items})
+        place = {d: k for k, d in enumerate(self.kinds)}
+        self.kind = np.array([place[i.domain] for i in items], np.int32)        # [N]
 
-    def __len__(self): return len(self.items)
+    def __len__(self): return len(self.paths)
+
+    def item(self, i:int) -> Item:
+        return Item(self.paths[i], int(self.labels[i]), self.kinds[self.kind[i]])
+
+    def short(self, i:int) -> str:
+        "The path without the folder, so that a moved folder changes nothing"
+        return self.paths[i].removeprefix(str(getattr(self.data.source, 'root', '')))
 
     def __getitem__(self, i):
-        item = self.items[i]
+        item = self.item(i)
         return self.transform(self.data.read(item)), item.label
+
+    def __getstate__(self): # a worker process reads pictures and needs no lists of them
+        return vars(self) | dict(data=replace(self.data, train=[], val=[], test=[]))
+
+    @property
+    def items(self) -> list[Item]: return [self.item(i) for i in range(len(self))]
 
     @property
     def domains(self) -> Tensor: # [N]
         "For each picture the place of its domain among the domains of the data set"
         place = {d: i for i, d in enumerate(self.data.domains)}
-        return torch.tensor([place[i.domain] for i in self.items])
+        return torch.tensor([place[self.kinds[k]] for k in self.kind])
+
+    @property
+    def names(self) -> list[str]: # N
+        "What each tensor depends on beside the transform: file, size, and what is done to it"
+        look = self.data._drawn()
+        looks = [look[k] if isinstance(look, dict) else look for k in self.kinds]
+        mark = self.data.source.mark
+        return [f'{mark(self.paths[i])} {looks[self.kind[i]]}' for i in range(len(self))]
 
     @property
     def fingerprint(self) -> str:
@@ -226,6 +265,27 @@ class Pictures(Dataset):
         Equal digits, equal tensors (if nothing in the transform is random)
         """
         return _digest(self.data._marks(self.items), self.data._drawn(), repr(self.transform))
+
+# %% ../nbs/04_data.ipynb #04-033c
+def mixed(*numbers:int) -> int: # 64 bits
+    "One seed of several numbers: neighbours have nothing in common"
+    words = [int(n) % 2**64 for n in numbers]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+class Augmented(Dataset):
+    "Pictures that are asked for by (epoch, place); an item is (image, label, place)"
+    def __init__(self, pictures:Pictures, seed:int):
+        self.pictures, self.seed = pictures, seed
+
+    def __len__(self) -> int: return len(self.pictures)
+
+    def __getitem__(self, key:tuple[int, int]) -> tuple:
+        epoch, i = key
+        name = zlib.crc32(self.pictures.short(i).encode())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mixed(self.seed, epoch, name))
+            image, label = self.pictures[i]
+        return image, label, i
 
 # %% ../nbs/04_data.ipynb #04-035
 @dataclass(repr=False)
@@ -1441,24 +1501,37 @@ def load_dataset(
     return data
 
 # %% ../nbs/04_data.ipynb #04-121
-def _to_tensor(backbone) -> list: return [T.ToTensor(), T.Normalize(backbone.mean, backbone.std)]
+def normalised(images:Tensor, # [..., 3, H, W]: uint8, or floats that are normalised already
+    backbone,
+) -> Tensor: # floats
+    "Pixels as the tower reads them, on the images' device"
+    if images.dtype != torch.uint8: return images
+    def channels(x): return torch.tensor(x, device=images.device)[:, None, None]
+    return (images.float()/255 - channels(backbone.mean))/channels(backbone.std)
+
+def _to_tensor(backbone, raw:bool) -> list:
+    if raw: return [T.PILToTensor()]
+    return [T.ToTensor(), T.Normalize(backbone.mean, backbone.std)]
 
 # %% ../nbs/04_data.ipynb #04-122
 def train_transform(
     backbone,               # gives size, interpolation, mean and std
     crop_scale=(0.08, 1.0), # share of the picture's area that a crop keeps
     flip:bool=True,         # mirror every second picture
+    randaugment:tuple|None=None, # (operations, magnitude), such as (2, 9)
+    raw:bool=False,         # uint8, to be normalised on the device
 ) -> T.Compose:
     "Random crop, random mirror, tensor, normalise: CoOp's training transform"
     how = T.InterpolationMode(backbone.interpolation)
     steps = [T.RandomResizedCrop(backbone.image_size, scale=tuple(crop_scale), interpolation=how)]
     if flip: steps.append(T.RandomHorizontalFlip())
-    return T.Compose(steps + _to_tensor(backbone))
+    if randaugment: steps.append(T.RandAugment(*randaugment))
+    return T.Compose(steps + _to_tensor(backbone, raw))
 
-def test_transform(backbone) -> T.Compose:
+def test_transform(backbone, raw:bool=False) -> T.Compose:
     "Shorter side to size, centre crop, tensor, normalise"
     resize = T.Resize(backbone.image_size, T.InterpolationMode(backbone.interpolation))
-    return T.Compose([resize, T.CenterCrop(backbone.image_size), *_to_tensor(backbone)])
+    return T.Compose([resize, T.CenterCrop(backbone.image_size), *_to_tensor(backbone, raw)])
 
 test_transform.__test__ = False # its name would make pytest take it for a test
 

@@ -222,11 +222,12 @@ class _Trainable(Classifier):
         "One update on (images, labels); returns the loss before it, without waiting for a GPU"
         loss = self.loss(*batch)
         scale = FP16_SCALE if self.backbone.precision == 'fp16' else 1
-        optimizer.zero_grad()
-        (loss*scale).backward()
-        if scale != 1:
-            for p in self.parameters():
-                if p.grad is not None: p.grad /= scale
+        optimizer.zero_grad()  # does nothing where gradients are collected over batches
+        params = list(self.parameters())
+        for p, g in zip(params, torch.autograd.grad(loss*scale, params, allow_unused=True)):
+            if g is None: continue
+            if scale != 1: g = g/scale
+            p.grad = g if p.grad is None else p.grad+g
         optimizer.step()
         return loss.detach()
 
