@@ -14,8 +14,8 @@ import pandas as pd
 
 from .backbone import Backbone, assets
 from .figures import colour
+from .methods import methods
 from .protocols import summary
-from .report import METHODS
 
 # %% ../nbs/23_cards.ipynb #23-005
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def overview(columns:int=3) -> str: # SVG
     parts = []
     for i, name in enumerate(CARDS):
         x, y = width*(i % columns) + 8, height*(i//columns)
-        title = METHODS[name].cls.__name__
+        title = methods()[name].__name__
         parts.append(f'<text x="{x}" y="{y+16}" font-weight="bold">{title}</text>')
         parts.append(f'<svg x="{x}" y="{y+24}" width="215" height="62">{drawing(name)}</svg>')
     bottom = height*math.ceil(len(CARDS)/columns) + 22
@@ -169,7 +169,7 @@ def overview(columns:int=3) -> str: # SVG
 # %% ../nbs/23_cards.ipynb #23-017
 def learned(name:str, backbone:Backbone) -> int:
     "How many numbers a method learns on `backbone`, with the paper's arguments for base-to-new"
-    cls = METHODS[name].cls
+    cls = methods()[name]
     learner = cls(backbone, ['cat', 'dog'], **cls.published('base-to-new'))
     return sum(p.numel() for p in learner.parameters())
 
@@ -197,7 +197,7 @@ def card(name:str, fact:pd.Series) -> str:
         'Paper': f'[{c.paper}]({c.url})',
     }
     rows = '\n'.join(f'{k}\n: {v}\n' for k, v in lines.items())
-    return (f'::: {{.card-method}}\n**[{METHODS[name].cls.__name__}]({c.chapter})**\n\n'
+    return (f'::: {{.card-method}}\n**[{methods()[name].__name__}]({c.chapter})**\n\n'
             f'```{{=html}}\n{drawing(name)}\n```\n\n{c.idea}\n\n*When:* {c.when}\n\n{rows}\n:::')
 
 def cards(facts:pd.DataFrame) -> str:

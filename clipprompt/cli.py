@@ -28,18 +28,19 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from typer import Argument, Option
 
 from . import __version__
-from .backbone import Backbone, load_backbone
+from .backbone import load_backbone
 from .bench import CASES, bench, speed_table
 from .data import PUBLIC, DataSet, load_dataset, open_image, test_transform, to_rgb
 from .files import check_writable, write_safely
 from .hub import local_prompts
 from .learner import PromptLearner, Recipe, read_prompts
+from .methods import find_method, load, methods as all_methods, rerun
 from .prompts import clean_names
-from .protocols import (PROTOCOLS, SCORES, known_runs, protocol, read_records, rerun,
-    usual_shots, write_table)
-from .report import (METHODS, TASKS, compare, find_method, load_prompts, plot,
-    split_name, table)
-from .sweep import Run, Swept, grid, load_run, look, sweep
+from clipprompt.protocols import (PROTOCOLS, SCORES, known_runs, protocol, read_records, usual_shots,
+    write_table)
+from .methods import TASKS_ as TASKS, split_name
+from .report import compare, plot, table
+from .sweep import Run, Store, Swept, check_runs, grid, load_run, sweep
 from .training import evaluate
 
 # %% ../nbs/40_cli.ipynb #40-007
@@ -117,8 +118,9 @@ Budget = Annotated[str, Option(
     help='book: recipes scaled for two CPU cores; paper: the published ones, for a GPU')]
 Skip = Annotated[bool, Option('--skip-broken',
     help='leave unreadable images out instead of stopping')]
-_every = ','.join(METHODS)
-_known = f'comma-separated; known: {", ".join(METHODS)}'
+_names = ', '.join(all_methods())
+_every = ','.join(all_methods())
+_known = f'comma-separated; known: {_names}'
 
 # %% ../nbs/40_cli.ipynb #40-011c
 def _spent(recipe:Recipe, epochs:int|None) -> str:
@@ -132,8 +134,8 @@ def _budgets(names:list[str], epochs:int|None, budget:str, protocol_name:str,
     "Which methods share which budget"
     told = defaultdict(lambda: defaultdict(list))   # budget -> method -> shots
     for m, k in product(names, shots):
-        recipe = find_method(m, budget).planned(protocol_name, k, dataset)
-        if recipe: told[_spent(recipe, epochs)][m].append(k)
+        recipe = find_method(m, budget, protocol_name, k, dataset).recipe
+        if recipe.epochs: told[_spent(recipe, epochs)][m].append(k)
     def named(m, ks): return m if ks == shots else f"{m} ({', '.join(map(str, ks))} shots)"
     who = {b: ', '.join(named(m, ks) for m, ks in methods.items()) for b, methods in told.items()}
     return '; '.join(f'{methods}: {b}' for b, methods in who.items())
@@ -193,9 +195,9 @@ def compare_command(
     out.print(f'wrote {out_dir}/results.csv and {out_dir}/compare.png')
 
 # %% ../nbs/40_cli.ipynb #40-015
-def _done(run:Run, out_dir:Path) -> bool:
+def _done(run:Run, out_dir:Path, store:Store) -> bool:
     "Is the record of a run there?"
-    try: name = load_run(run).name
+    try: name = load_run(run, store).name
     except ValueError as e:
         err.print(f'cannot run: {run}: {e}')
         return False
@@ -203,8 +205,9 @@ def _done(run:Run, out_dir:Path) -> bool:
 
 def _plan(runs:list[Run], out_dir:Path, cache:Path):
     "Say what is done and what is missing"
-    look(runs, cache)
-    missing = [r for r in runs if not _done(r, out_dir)]
+    store = Store(cache)
+    check_runs(runs, store)
+    missing = [r for r in runs if not _done(r, out_dir, store)]
     for r in missing: out.print(str(r))
     done = len(runs) - len(missing)
     out.print(f'{len(runs)} runs, {done} done, {len(missing)} missing')
@@ -315,7 +318,7 @@ def rerun_command(
     err.print(f"{rec['method']}, {rec['protocol']}, {rec['task']}, {rec['shots']} shots, "
               f"seed {rec['seed']}, made {rec.get('made') or 'earlier'} "
               f"on {rec.get('device')} with clipprompt {rec.get('version')}")
-    new = rerun(rec, find_method(rec['method']).cls, root, pretrained, progress=True)
+    new = rerun(rec, root=root, pretrained=pretrained, progress=True)
     _compare_records(rec, new)
     if not out_file: return
     before.setdefault(new['run'], new)   # what a table says already, stays
@@ -374,7 +377,7 @@ def _may_write(out_file:Path, checkpoint:str|None):
 @app.command()
 def train(
     data:Data='pictograms', task:Task=None, sources:Sources=None, root:Root=None,
-    method:Annotated[str, Option(help=', '.join(METHODS))]='coop',
+    method:Annotated[str, Option(help=_names)]='coop',
     shots:Annotated[int|None, Option(min=1, help='images per class; all where not given')]=None,
     classes:Which=Classes.all,
     seed:Annotated[int, Option(help='of the draw, the start and the order')]=1,
@@ -402,31 +405,15 @@ def train(
     pictures = _data(data, task, classes, shots, seed, skip_broken, root, sources)
     run = _question(sources, classes), shots or 16, pictures.name
     m = find_method(method, budget, *run)
-    recipe = m.planned(*run)
-    if recipe and epochs: recipe = replace(recipe, epochs=epochs)
-    if not recipe and (epochs or checkpoint or tracker):
+    recipe, in_epochs = m.recipe, m.recipe.epochs > 0
+    if in_epochs and epochs: recipe = replace(recipe, epochs=epochs)
+    if not in_epochs and (epochs or checkpoint or tracker):
         err.print(f'warning: {method} is not trained in epochs, '
                   'so --epochs, --checkpoint and --tracker do nothing')
     learner = m.train(backbone, pictures, seed, recipe, checkpoint, progress=True, tracker=tracker)
     learner.save(out_file)
     accuracy = evaluate(learner, pictures).accuracy
     out.print(f'{method} on {pictures}: test accuracy {accuracy:.1f} %; wrote {out_file}')
-
-# %% ../nbs/40_cli.ipynb #40-023
-def _backbone_of(prompts:str|Path,
-    pretrained:str|None, # where its weights are now, if they came from a file
-    precision:str|None, cache:Path|None=None,
-    told:str|None=None,  # what the user called the prompt file
-) -> Backbone:
-    "The backbone that a prompt file was trained on"
-    made_on = read_prompts(prompts)[0]['backbone']
-    name, _, weights = made_on.partition('/')
-    pretrained_as = pretrained or weights or None
-    try: return load_backbone(name, pretrained_as, precision=precision, cache=cache)
-    except (ValueError, OSError) as e:
-        moved = weights and not pretrained
-        cure = '; if its weights were a file, name it with --pretrained' if moved else ''
-        raise ValueError(f'{told or prompts} was trained on {made_on}: {e}{cure}') from None
 
 # %% ../nbs/40_cli.ipynb #40-023b
 @app.command('evaluate')
@@ -444,8 +431,7 @@ def evaluate_command(
     clipprompt evaluate prompts.safetensors pixels --classes new
     clipprompt evaluate photos.safetensors photos/ --per-class
     """
-    file = local_prompts(prompts)
-    learner = load_prompts(file, _backbone_of(file, pretrained, precision, cache, prompts))
+    learner = load(prompts, pretrained=pretrained, precision=precision, cache=cache)
     pictures = _data(data, task, classes, skip_broken=skip_broken, root=root)
     if clean_names(pictures.classnames) != learner.classnames:
         learner = learner.for_classes(pictures.classnames)
@@ -592,9 +578,9 @@ def predict(
     """
     if out_file: check_writable(out_file)
     names = None if classes is None else _names(classes)
-    paths, file = _images(images), local_prompts(prompts)
-    if out_file: _spare(out_file, file, *paths)
-    learner = load_prompts(file, _backbone_of(file, pretrained, precision, told=prompts))
+    paths = _images(images)
+    if out_file: _spare(out_file, local_prompts(prompts), *paths)
+    learner = load(prompts, pretrained=pretrained, precision=precision)
     if names is not None: learner = learner.for_classes(names)
     rows, now = [], form is Format.text and not out_file   # text appears batch by batch
     for path, best, wrong in _predict(learner, paths, top, batch, skip_broken):
@@ -655,7 +641,7 @@ def info(prompts:Annotated[Path|None, Argument(help='a prompt file to describe')
     device = 'CUDA' if torch.cuda.is_available() else 'CPU'
     out.print(f'clipprompt {__version__}, torch {torch.__version__}, {device}')
     out.print(load_backbone())
-    out.print(f'methods: {", ".join(METHODS)}')
+    out.print(f'methods: {_names}')
     out.print(f'protocols: {", ".join(PROTOCOLS)}')
     for t in (*TASKS, 'styles'): out.print(f'data: {load_dataset("pictograms", task=t)}')
     out.print(f'data: {load_dataset("emoji")}')

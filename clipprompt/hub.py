@@ -96,7 +96,7 @@ def model_card(
         note,
         _facts(learner, license),
         _class_list(learner),
-        _python(learner, name),
+        _python(name),
         'or, in a shell,',
         f'```bash\nclipprompt predict hf://{name} picture.png\n```',
     ]
@@ -109,14 +109,9 @@ def _header(learner, license:str|None) -> str:
     lines = [f'{k}: {json.dumps(v)}' for k, v in head.items()]  # JSON is YAML
     return '\n'.join(['---', *lines, '---'])
 
-def _python(learner, name:str) -> str:
-    model, _, weights = learner.backbone.name.partition('/')
-    args = '' if model == 'picto-clip' else ', '.join(repr(x) for x in (model, weights) if x)
-    return ('```python\n'
-            'from clipprompt.backbone import load_backbone\n'
-            'from clipprompt.report import load_prompts\n'
-            f"learner = load_prompts('hf://{name}', load_backbone({args}))\n"
-            '```')
+def _python(name:str) -> str:
+    return f"```python\nfrom clipprompt.methods import load\nlearner = load('hf://{name}')\n```"
+
 
 # %% ../nbs/04f_hub.ipynb #04-612
 def _code(text) -> str:

@@ -24,7 +24,8 @@ from clipprompt.files import write_safely
 from clipprompt.learner import Recipe, read_prompts
 from clipprompt.prompts import phrase_tokens
 from clipprompt.protocols import PROTOCOLS, Method, protocol
-from clipprompt.report import compare, find_method, load_prompts
+from clipprompt.methods import find_method, load as load_prompts
+from clipprompt.report import compare
 from clipprompt.training import evaluate, fit
 from clipprompt.zeroshot import LinearProbe, ZeroShot
 from helpers import TINY, one_line, refused, shapes, tiny_clip, works
@@ -534,7 +535,7 @@ def test_file_of_class_names(prompts, photos, tmp_path, content, says):
 
 def test_predict_checks_the_place_first(prompts, photos, barred, tmp_path, monkeypatch):
     from clipprompt import cli
-    monkeypatch.setattr(cli, 'load_prompts', never)
+    monkeypatch.setattr(cli, 'load', never)
     refused('predict', prompts/'coop.safetensors', photos, '--out', barred/'x.json',
             says=['cannot write', 'choose a folder you may write to'])
     refused('predict', prompts/'coop.safetensors', photos, '--out', tmp_path,

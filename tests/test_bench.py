@@ -42,7 +42,7 @@ def test_a_difference_is_seen(monkeypatch):
     assert list(speed_table(rows).plain_memory) == ['-', '-']
 
 
-@pytest.mark.long
+@pytest.mark.stress
 def test_the_command_writes_documented_rows(tmp_path):
     r = works('bench', '--quick', '--cases', 'coop-m16-c1000,vpt-deep', '--repeats', '2',
               '--device', 'cpu', '--json', tmp_path/'new'/'speed.json')

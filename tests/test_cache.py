@@ -125,7 +125,7 @@ def _writer(folder, i, n):
         x = keep(folder, dict(k=k), lambda: dict(x=torch.full((1000,), float(k))))['x']
         assert (x == k).all()
 
-@pytest.mark.long
+@pytest.mark.stress
 def test_two_processes_share_a_folder(tmp_path):
     ctx = mp.get_context('spawn')
     ps = [ctx.Process(target=_writer, args=(tmp_path, i, 40)) for i in range(3)]
@@ -143,7 +143,7 @@ def _maker(folder, log):
         return dict(x=torch.ones(3))
     assert keep(folder, dict(k=1), make)['x'].sum() == 3
 
-@pytest.mark.long
+@pytest.mark.stress
 def test_one_computes_and_the_others_wait(tmp_path):
     ctx = mp.get_context('spawn')
     ps = [ctx.Process(target=_maker, args=(tmp_path/'cache', tmp_path/'log')) for _ in range(3)]

@@ -21,8 +21,10 @@ from clipprompt.backbone import load_backbone
 from clipprompt.data import load_dataset, test_transform
 from clipprompt.learner import read_prompts
 from clipprompt.protocols import harmonic_mean, summary
-from clipprompt.report import METHODS, load_prompts
+from clipprompt.methods import find_method, load as load_prompts, methods
 from helpers import clipprompt, refused, shapes, works
+
+METHODS = {name: find_method(name) for name in methods()}
 
 COLUMNS = 'method protocol task shots seed base new h seconds trainable'.split()
 COMMANDS = ['compare', 'train', 'evaluate', 'predict', 'info']
@@ -95,7 +97,7 @@ def test_compare_prints_the_means(compared):
     assert f'{out}/results.csv' in r.out.replace('\n', '')
 
 
-@pytest.mark.long
+@pytest.mark.stress
 def test_quick_on_the_shipped_pictures(tmp_path, monkeypatch):
     "What the first-time user runs, all methods, from another folder"
     monkeypatch.chdir(tmp_path)
@@ -137,7 +139,7 @@ def prompts_of_picto(photos, tmp_path):
     return tmp_path/'prompts'
 
 
-@pytest.mark.long
+@pytest.mark.stress
 def test_one_name_for_data_in_all_commands(photos, tmp_path):
     "DOMAIN, NAME/DOMAIN and TABLE/DOMAIN, where compare takes them, train and evaluate do"
     files = sorted(photos.glob('*/*.png'))

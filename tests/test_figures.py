@@ -11,7 +11,7 @@ import pytest
 
 from clipprompt.cards import CARDS, drawing, overview
 from clipprompt.figures import LOOK, Sketch, Table, cell, colour, has_pixels, marker, style
-from clipprompt.report import METHODS
+from clipprompt.methods import methods
 from helpers import works
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +24,7 @@ def rows(table):
 
 
 def test_every_method_has_a_look_of_its_own():
-    assert set(LOOK) == set(METHODS)
+    assert set(LOOK) == set(methods())
     assert len({(colour(m), marker(m)) for m in LOOK}) == len(LOOK)
     assert colour('somebody-elses') == '#404040' and marker('somebody-elses') == 'o'
 

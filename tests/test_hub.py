@@ -22,9 +22,11 @@ from clipprompt.backbone import load_backbone
 from clipprompt.coop import CoOp
 from clipprompt.hub import HUB_FILE, local_prompts, model_card
 from clipprompt.learner import read_prompts
-from clipprompt.report import METHODS, load_prompts
+from clipprompt.methods import find_method, load as load_prompts, methods
 from clipprompt.zeroshot import ZeroShot
 from helpers import one_line, refused, shapes, tiny_clip, works
+
+METHODS = {name: find_method(name) for name in methods()}
 
 NAMES = ['disc', 'two bars', 'cross', 'ring']
 
@@ -293,7 +295,7 @@ def test_card(clip):
                         pipeline_tag='image-classification', license='mit')
     for words in ('# ada/things', 'Made of *clay*.', '30 classes', '`thing 19`', 'and 10 more',
                   f'clipprompt {__version__}', clip.name, clip.fingerprint, '48', '"n_ctx": 2',
-                  "load_prompts('hf://ada/things'"):
+                  "load('hf://ada/things'"):
         assert words in text, words
     assert 'thing 20' not in text
     head, text = parts(model_card(ZeroShot(clip, ['cat'])))

@@ -1,4 +1,4 @@
-"""Every notebook runs, one test each: `pytest -m chapter`. `NB_FLAGS="slow gpu" pytest -m chapter
+"""Every notebook runs, one test each: `pytest -m book`. `NB_FLAGS="slow gpu" pytest -m chapter
 -k coop` runs flagged cells too.
 
 The runner is nbdev's own, which honours the flags and needs no Jupyter kernel. Each notebook
@@ -38,7 +38,7 @@ def run(nb):
         timeout=None if force else 900)  # a chapter takes three minutes at most
 
 
-@pytest.mark.chapter
+@pytest.mark.book
 @pytest.mark.parametrize('nb', NBS, ids=lambda p: p.stem)
 def test_notebook(nb):
     r = run(nb)

@@ -181,7 +181,7 @@ def worker(out, runs):
                             env=os.environ | dict(OMP_NUM_THREADS='1'))
 
 
-@pytest.mark.long
+@pytest.mark.stress
 def test_two_workers_share_a_folder(runs, whole, tmp_path):
     both = [worker(tmp_path, runs), worker(tmp_path, runs[::-1])]
     assert all(p.wait(120) == 0 for p in both)
@@ -190,7 +190,7 @@ def test_two_workers_share_a_folder(runs, whole, tmp_path):
     assert scores(read_records(tmp_path/'records')) == scores(whole.records)
 
 
-@pytest.mark.long
+@pytest.mark.stress
 @pytest.mark.parametrize('seed', [1, 2])
 def test_kill_9_at_any_moment(runs, whole, tmp_path, seed):
     "The killed one blocks nobody, and what it left half done ends in the same bits"
@@ -260,7 +260,7 @@ def until(what, seconds=90):
     raise TimeoutError
 
 
-@pytest.mark.long
+@pytest.mark.stress
 @pytest.mark.skipif(not Path('/proc').is_dir(), reason='looks for worker processes in /proc')
 def test_ray_survives_a_dead_worker_and_a_dead_driver(runs, whole, tmp_path):
     pytest.importorskip('ray', reason="needs clipprompt[ray]")
@@ -321,7 +321,7 @@ def test_stored_rows_can_be_run_again():
     assert again['run'] == r['run'] and again['hits_accuracy'] == r['hits_accuracy']
 
 
-@pytest.mark.long
+@pytest.mark.stress
 def test_transfer_to_several_sets(tmp_path):
     clip, data = load_backbone(device='cpu'), load_dataset(task='icons')
     targets = [load_dataset('emoji', task=t) for t in ('icons', 'pixels')]

@@ -19,12 +19,13 @@ from clipprompt.coop import CoOp
 from clipprompt.data import load_dataset, test_transform
 from clipprompt.files import write_safely
 from clipprompt.learner import PromptLearner, Recipe
+from clipprompt.methods import find_method, load as load_prompts, methods
 from clipprompt.protocols import base_to_new, few_shot
-from clipprompt.report import METHODS, load_prompts
 from clipprompt.training import encode, evaluate, fit, lr_at
 from clipprompt.variational import Variational
 from helpers import TINY, shapes, tiny_clip
 
+METHODS = {name: find_method(name) for name in methods()}
 NAMES = [
     'a', 'guide dog', 'eel',
     'a small red bird with a very long tail that sits on the branch of an old tree', 'cat'
@@ -351,7 +352,7 @@ from tqdm import tqdm
 from clipprompt import training
 from clipprompt.data import load_dataset
 from clipprompt.learner import Recipe
-from clipprompt.report import METHODS
+from clipprompt.methods import find_class
 from helpers import tiny_clip
 
 folder, where, *names = sys.argv[2:]
@@ -364,7 +365,7 @@ data, clip = load_dataset(folder).few_shot(3), tiny_clip()
 def run(name, checkpoint, tracker):
     views = 2 if name in ('coop', 'variational-coop') else None
     select = 'best_on_test' if name == 'coop' else 'last'
-    learner = METHODS[name].cls(clip, data.classnames, seed=1)
+    learner = find_class(name)(clip, data.classnames, seed=1)
     recipe = Recipe(lr=.05, epochs=8, batch_size=4, views=views, select=select)
     fit = training.fit(learner, data, recipe, 1, checkpoint, progress=False, tracker=tracker)
     state = {n: p.detach().double().flatten().tolist() for n, p in learner.named_parameters()}
@@ -408,7 +409,7 @@ def killed(few, tmp_path_factory):
     return where, {row['name']: row for row in map(json.loads, r.stdout.splitlines())}
 
 
-@pytest.mark.long
+@pytest.mark.stress
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
 @pytest.mark.parametrize('name', KILLABLE)
 def test_kill_9_at_any_moment(name, killed):
