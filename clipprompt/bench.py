@@ -32,7 +32,7 @@ from .backbone import Backbone, find_device, load_backbone, nearest
 from .check import small_clip
 from .cocoop import CoCoOp
 from .coop import CoOp
-from .data import load_dataset
+from .sets import load_dataset
 from .deep import IVLP, VPT, MaPLe
 from .figures import STYLE, colour
 from .files import check_writable, write_safely

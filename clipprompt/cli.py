@@ -30,7 +30,9 @@ from typer import Argument, Option
 from . import __version__
 from .backbone import load_backbone
 from .bench import CASES, bench, speed_table
-from .data import PUBLIC, DataSet, load_dataset, open_image, test_transform, to_rgb
+from .data import DataSet, open_image, test_transform, to_rgb
+from .public import PUBLIC
+from .sets import load_dataset, split_name
 from .files import check_writable, write_safely
 from .hub import local_prompts
 from .learner import PromptLearner, Recipe, read_prompts

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from clipprompt import backbone as backbone_module
 from clipprompt.backbone import assets, build_backbone, load_backbone
 from clipprompt.coop import CoOp, nearest_words
-from clipprompt.data import load_dataset
+from clipprompt.sets import load_dataset
 from clipprompt.files import write_safely
 from clipprompt.learner import Recipe, read_prompts
 from clipprompt.prompts import phrase_tokens

@@ -10,7 +10,8 @@ import torch
 from clipprompt import learner as learner_module
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
-from clipprompt.data import load_dataset, test_transform, train_transform
+from clipprompt.data import test_transform, train_transform
+from clipprompt.sets import load_dataset
 from clipprompt.deep import IVLP, VPT, MaPLe
 from clipprompt.files import keep
 from clipprompt.learner import FP16_SCALE, Classifier, Recipe

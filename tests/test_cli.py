@@ -18,7 +18,8 @@ from rich.console import Console
 import clipprompt as package
 from clipprompt import cli, protocols, report
 from clipprompt.backbone import load_backbone
-from clipprompt.data import load_dataset, test_transform
+from clipprompt.data import test_transform
+from clipprompt.sets import load_dataset
 from clipprompt.learner import read_prompts
 from clipprompt.protocols import harmonic_mean, summary
 from clipprompt.methods import find_method, load as load_prompts, methods

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from clipprompt.data import (DOMAINS, ENSEMBLE, PICTOGRAM_TEMPLATES, TASKS, TEMPLATES, DataError,
-                             DataNotFound, DataSet, Item, edge_map, load_dataset, pixelate,
-                             rotate90, test_transform, to_rgb, train_transform)
+from clipprompt.data import (DOMAINS, DataError, DataNotFound, DataSet, ENSEMBLE, Item,
+                             PICTOGRAM_TEMPLATES, TEMPLATES, edge_map, pixelate, rotate90,
+                             template_of, test_transform, to_rgb, train_transform)
+from clipprompt.sets import TASKS, load_dataset
 
 CLIP = SimpleNamespace(image_size=32, mean=(.48, .46, .41), std=(.27, .26, .28),
                        interpolation='bicubic')
@@ -197,10 +198,38 @@ def test_train_transform_crops_and_flips_under_torchs_seed():
 
 
 def test_templates():
-    assert all(t.count('{}') == 1 for t in [*TEMPLATES.values(), *ENSEMBLE, *PICTOGRAM_TEMPLATES])
+    assert all(t.count('{}') == 1 for t in [*ENSEMBLE, *PICTOGRAM_TEMPLATES])
     assert len(ENSEMBLE) == 7 and len(set(PICTOGRAM_TEMPLATES)) == len(PICTOGRAM_TEMPLATES)
-    assert TEMPLATES['oxford_pets'] == 'a photo of a {}, a type of pet.'
-    assert TEMPLATES['dtd'] == '{} texture.'
+    for paper, listed in TEMPLATES.items():
+        for name, t in listed.items():
+            several = t if isinstance(t, list) else [t]
+            assert all(s.count('{}') == 1 for s in several), (paper, name)
+
+
+@pytest.mark.parametrize('paper,dataset,sentence', [
+    ('coop', 'oxford_pets', 'a photo of a {}, a type of pet.'),
+    ('coop', 'dtd', '{} texture.'),
+    ('coop', 'food101', 'a photo of {}, a type of food.'),
+    ('coop', 'pictograms', 'a photo of a {}.'),
+    ('provp', 'OxfordPets', 'a type of pet, a photo of a {}.'),
+    ('provp', 'FGVCAircraft', 'a type of aircraft, a photo of a {}.'),
+    ('provp', 'DescribableTextures', 'a texture of {}.'),
+    ('provp', 'my_folder', 'a photo of a {}.'),
+    ('metaprompt', 'eurosat', 'a centered satellite photo of {}'),
+    ('metaprompt', 'caltech101', 'a photo of a {}'),
+])
+def test_each_paper_has_its_sentences(paper, dataset, sentence):
+    assert template_of(dataset, paper) == sentence
+
+
+def test_metaprompt_averages_eight_on_imagenet():
+    eight = template_of('imagenet', 'metaprompt')
+    assert len(set(eight)) == 8 and not any(t.endswith('.') for t in eight)
+
+
+def test_an_unknown_paper_is_named():
+    with pytest.raises(DataError, match="unknown paper 'cop': did you mean 'coop'"):
+        template_of('dtd', 'cop')
 
 
 # ---- what ships ----------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from clipprompt.backbone import load_backbone
 from clipprompt.check import check_learner
 from clipprompt.coop import CoOp
-from clipprompt.data import DataError, join, load_dataset
+from clipprompt.data import DataError, join
+from clipprompt.sets import load_dataset
 from clipprompt.learner import Classifier, Recipe
 from clipprompt.metaprompt import (MODES, MetaPrompt, Part, TwoPairs, class_episodes, class_groups,
                                    domain_episodes, episodic, rehearse)

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from clipprompt.check import check_learner
-from clipprompt.data import load_dataset, train_transform
+from clipprompt.data import train_transform
+from clipprompt.sets import load_dataset
 from clipprompt.deep import VPT, MaPLe
 from clipprompt.learner import Classifier, PromptLearner, Recipe
 from clipprompt.prompts import Given

@@ -21,7 +21,8 @@ import torch
 
 from clipprompt import data as data_module, sweep as sweep_module
 from clipprompt.backbone import assets, load_backbone
-from clipprompt.data import DataNotFound, load_dataset
+from clipprompt.data import DataNotFound
+from clipprompt.sets import load_dataset
 from clipprompt.files import check_writable
 from clipprompt.protocols import read_records, record, rerun, write_record, write_table
 from clipprompt.report import METHODS, compare, find_method

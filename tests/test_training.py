@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 from clipprompt import training
 from clipprompt.coop import CoOp
-from clipprompt.data import load_dataset, test_transform
+from clipprompt.data import test_transform
+from clipprompt.sets import load_dataset
 from clipprompt.files import write_safely
 from clipprompt.learner import PromptLearner, Recipe
 from clipprompt.methods import find_method, load as load_prompts, methods
@@ -272,7 +273,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from clipprompt import training
 from clipprompt.coop import CoOp
-from clipprompt.data import load_dataset
+from clipprompt.sets import load_dataset
 from clipprompt.learner import Recipe
 from helpers import tiny_clip
 
@@ -350,7 +351,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from tqdm import tqdm
 from clipprompt import training
-from clipprompt.data import load_dataset
+from clipprompt.sets import load_dataset
 from clipprompt.learner import Recipe
 from clipprompt.methods import find_class
 from helpers import tiny_clip

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import clipprompt.variational as module
 from clipprompt.check import check_learner
-from clipprompt.data import load_dataset
+from clipprompt.sets import load_dataset
 from clipprompt.deep import IVLP
 from clipprompt.learner import Recipe
 from clipprompt.mudpt import MuDPT
