@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import to_pil_image
 from tqdm.auto import tqdm
 
 from .backbone import Backbone
-from .data import open_image, test_transform, to_rgb
+from .data import normalised, test_transform
 from .learner import PromptLearner
+from .sets import to_picture
 
 # %% ../nbs/24_inference.ipynb #24-006
 def _is_image(path:Path) -> bool:
@@ -72,28 +72,13 @@ def _from_array(pictures:Tensor|np.ndarray) -> list:
                      '[3, H, W], an array [H, W, 3], or a batch of them')
 
 # %% ../nbs/24_inference.ipynb #24-011
-def _drawn(pixels:Tensor|np.ndarray) -> Image.Image:
-    "Raw pixels as a picture"
-    is_tensor = isinstance(pixels, Tensor)
-    if pixels.dtype not in (torch.uint8, np.uint8):
-        floats = ', or floats as a tensor' if not is_tensor else ''
-        raise ValueError(f'pixels are {pixels.dtype}: give uint8{floats}')
-    if is_tensor: pixels = pixels.cpu()
-    return to_pil_image(pixels)
-
-def _normalised(image:Tensor, size:int) -> Tensor:
-    "Floats that somebody has prepared"
-    if tuple(image.shape) == (3, size, size): return image.detach().cpu().float()
-    raise ValueError(f'floats of shape {list(image.shape)}: give them normalised and as '
-                     f'[3, {size}, {size}], or give uint8 of any size')
-
 def _ready(given, transform:Callable, size:int) -> Tensor: # [3, size, size]
-    "A picture as the tower takes it"
-    if isinstance(given, Path):
-        with open_image(given) as image: return transform(to_rgb(image))
-    if isinstance(given, Image.Image): return transform(to_rgb(given))
-    if isinstance(given, Tensor) and given.is_floating_point(): return _normalised(given, size)
-    return transform(to_rgb(_drawn(given)))
+    "A picture as it travels to the tower: eight bits, or floats that somebody has normalised"
+    if not (isinstance(given, Tensor) and given.is_floating_point()):
+        return transform(to_picture(given))
+    if tuple(given.shape) == (3, size, size): return given.detach().cpu().float()
+    raise ValueError(f'floats of shape {list(given.shape)}: give them normalised and as '
+                     f'[3, {size}, {size}], or give uint8 of any size')
 
 # %% ../nbs/24_inference.ipynb #24-015
 def _tried(place:int, given, make:Callable) -> tuple[Tensor|None, Exception|None]:
@@ -133,17 +118,22 @@ def _ahead(found:list, make:Callable, threads:int, most:int) -> Iterator[tuple]:
 @dataclass
 class Prediction:
     "What is on a picture"
-    image:Path|int              # its file; of one in memory its place in what was given
-    top:list[tuple[str, float]]=field(default_factory=list)  # (class, probability), best first
-    error:str=''                # why there is none
+    image:Path|int   # its file; of one in memory its place in what was given
+    top:list[tuple[str, float]]=field(default_factory=list) # (class, probability), best first
+    error:str=''     # why there is none
 
     def __str__(self) -> str:
         best = ', '.join(f'{name} {100*p:.1f} %' for name, p in self.top)
         return f'{self.image}: {self.error or best}'
 
+def _batch(images:list[Tensor], clip:Backbone) -> Tensor: # [B, 3, S, S]
+    "On the device, as the tower reads them; bytes travel where all are bytes"
+    if any(x.is_floating_point() for x in images): images = [normalised(x, clip) for x in images]
+    return normalised(torch.stack(images).to(clip.device, non_blocking=True), clip)
+
 def _best(learner:PromptLearner, text:Tensor|None, images:list[Tensor], top:int) -> list:
     "For each image [(class, probability)], the most likely first"
-    x = torch.stack(images).to(learner.backbone.device)         # [B, 3, S, S]
+    x = _batch(images, learner.backbone)
     logits = learner.logits(learner.image_features(x), text)    # [B, C]
     p, at = logits.float().softmax(-1).topk(top)                # [B, top] each
     named = [[learner.classnames[j] for j in row] for row in at.tolist()]
@@ -154,7 +144,8 @@ def _best(learner:PromptLearner, text:Tensor|None, images:list[Tensor], top:int)
 def _stream(learner, found, top, batch_size, skip_broken, threads, progress):
     "Predictions in order, batch by batch"
     clip = learner.eval().backbone
-    make = partial(_ready, transform=test_transform(clip), size=clip.image_size)
+    transform = test_transform(clip, raw=True)
+    make = partial(_ready, transform=transform, size=clip.image_size)
     text = learner.text_features()
     rows = _ahead(found, make, threads, 2*batch_size)
     bar = tqdm(rows, 'images', len(found), unit='image', disable=not progress, leave=False)
@@ -178,7 +169,7 @@ def predictions(
     top:int=3,              # classes per picture, the most likely first
     batch_size:int=32,      # pictures that go through the tower together
     skip_broken:bool=False, # go on where a picture cannot be read, with a line in `error`
-    workers:int|None=None,  # threads that read files; None: one per core, at most 4
+    workers:int|None=None,  # threads that read files; None: one per core, at most 8
     progress:bool=False,    # show a bar
 ) -> Iterator[Prediction]:
     """
@@ -186,11 +177,12 @@ def predictions(
 
     Raises FileNotFoundError or ValueError for what is no picture, here or at its turn.
     """
-    for name, least, n in (('top', 1, top), ('batch_size', 1, batch_size), ('workers', 0, workers)):
-        if n is not None and n < least: raise ValueError(f'{name} must be at least {least}, not {n}')
+    for name, given, least in (('top', top, 1), ('batch_size', batch_size, 1),
+                               ('workers', workers or 0, 0)):
+        if given < least: raise ValueError(f'{name} must be at least {least}, not {given}')
     found, top = listed(images), min(top, len(learner.classnames))
     if not found: raise ValueError('there are no pictures to look at; give at least one')
-    threads = min(4, os.cpu_count() or 1) if workers is None else workers
+    threads = min(8, os.cpu_count() or 1) if workers is None else workers
     return _stream(learner, found, top, batch_size, skip_broken, threads, progress)
 
 def predict(learner:PromptLearner, images, top:int=3, batch_size:int=32, skip_broken:bool=False,

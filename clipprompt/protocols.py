@@ -27,9 +27,11 @@ from torch import Tensor
 
 from . import __version__
 from .backbone import Backbone, nearest
-from .data import PUBLIC, TASKS, DataError, DataSet, load_dataset
+from .data import DataError, DataSet
 from .files import write_safely
 from .learner import PromptLearner, Recipe
+from .public import PUBLIC
+from .sets import TASKS, load_dataset
 from .training import evaluate, fit
 
 # %% ../nbs/07_protocols.ipynb #07-007

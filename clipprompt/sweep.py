@@ -24,9 +24,10 @@ from .backbone import Backbone, load_backbone
 from .data import DataSet
 from .files import check_writable, write_safely
 from .learner import Recipe
-from .methods import find_data, find_method, split_name
+from .methods import find_method
 from .protocols import (Method, apart, draw, mark_of, protocol, read_records, record,
     run_id, second_set, usual_shots, write_record)
+from .sets import find_data, split_name
 
 # %% ../nbs/19b_sweep.ipynb #22-007
 @dataclass(frozen=True)
