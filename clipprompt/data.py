@@ -272,7 +272,7 @@ class Pictures(Dataset):
 # %% ../nbs/04_data.ipynb #04-033c
 def mixed(*numbers:int) -> int: # 64 bits
     "One seed of several numbers: neighbours have nothing in common"
-    words = [int(n) % 2**64 for n in numbers]
+    words = [int(n) % 2**128 for n in numbers]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 class Augmented(Dataset):

@@ -312,7 +312,7 @@ class Training:
             group['lr'] = lr_at(self.recipe, epoch, part, group['top'])
 
     def _epoch(self, feed:Feed, epoch:int) -> float: # mean loss
-        losses = []
+        losses, before = [], [p.detach().clone() for p in self.learner.parameters()]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed(self.seed, epoch, 1))
             self._set_rates(epoch)
@@ -323,7 +323,9 @@ class Training:
             if isinstance(self.stepper, Collecting): self.stepper.flush()
         losses = torch.stack([torch.as_tensor(loss) for loss in losses]).double()
         mean = losses.mean().item()  # here, once an epoch, the loop waits for the device
-        if not math.isfinite(mean): raise self._not_finite(losses, epoch)
+        if not math.isfinite(mean):
+            for p, old in zip(self.learner.parameters(), before): p.data.copy_(old)
+            raise self._not_finite(losses, epoch)
         return mean
 
     def _not_finite(self, losses:Tensor, epoch:int) -> FloatingPointError:
@@ -539,10 +541,14 @@ def _has_events_of_now(folder:str|Path) -> bool:
     return any(Path(folder).glob(f'events.out.tfevents.{int(time.time()):010d}.*'))
 
 # %% ../nbs/06_training.ipynb #06-024
+def _remembering(run:Training) -> list[Hook]:
+    "The hooks that have a state"
+    return [hook for hook in run.hooks if type(hook).state is not Hook.state]
+
 def _identity(run:Training) -> dict:
     "What makes a run this run and no other"
     learner, clip = run.learner, run.learner.backbone
-    mine = [type(hook).__name__ for hook in run.hooks]
+    mine = [type(hook).__name__ for hook in _remembering(run)]
     who = dict(method=learner.method, hparams=learner.hparams, recipe=asdict(run.recipe),
                seed=run.seed, data=run.data.fingerprint, fingerprint=clip.fingerprint,
                precision=clip.precision, settings=getattr(learner, 'settings', {}), hooks=mine)
@@ -582,7 +588,7 @@ def _state(run:Training) -> tuple[dict[str, Tensor], dict]: # tensors and the re
     for name, p in run.learner.named_parameters():
         state[f'param.{name}'] = p.detach()
         for key, value in run.optimizer.state[p].items(): state[f'optimizer.{key}/{name}'] = value
-    for i, hook in enumerate(run.hooks):
+    for i, hook in enumerate(_remembering(run)):
         for key, value in hook.state().items(): state[f'hook.{i}/{key}'] = value
     tensors = {k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)}
     return tensors, {k: v for k, v in state.items() if k not in tensors}
@@ -600,7 +606,7 @@ def _restore(run:Training, state:dict):
         key, _, name = key.partition('/')
         is_count = key == 'step'  # Adam keeps its step counts on the CPU
         run.optimizer.state[params[name]][key] = value.cpu() if is_count else value
-    for i, hook in enumerate(run.hooks):
+    for i, hook in enumerate(_remembering(run)):
         mine = part(f'hook.{i}/')
         if mine: hook.resume(mine)
     run.losses += state['losses']

@@ -32,7 +32,7 @@ def clip(tmp_path):
     clip.cache = tmp_path/'cache'
     return clip
 
-def files(clip): return sorted(clip.cache.glob('*.safetensors'))
+def files(clip): return sorted(clip.cache.rglob('*.safetensors'))
 
 def never(): raise AssertionError('computed although it was kept')
 
@@ -77,8 +77,8 @@ def test_damaged_files_are_rebuilt(clip, data, damage, monkeypatch):
     elif damage == 'other tensors':
         from safetensors import safe_open
         from safetensors.torch import save_file
-        with safe_open(path, 'pt') as f: meta = f.metadata()
-        save_file(dict(features=torch.zeros_like(features), labels=labels), path, meta)
+        with safe_open(path, 'pt') as f: meta, ids = f.metadata(), f.get_tensor('ids')
+        save_file(dict(rows=torch.zeros_like(features), ids=ids), path, meta)
     else:
         bad = dict(cut=good[:-7], flipped=good[:-1] + bytes([good[-1] ^ 1]), empty=b'',
                    garbage=b'no tensors here')
@@ -114,7 +114,7 @@ def test_image_side_that_learns_is_never_kept(clip, data):
         for p in l.parameters(): p.data += 1
         assert not torch.equal(a, evaluate(l, data).logits)
     # sentences only
-    assert all('labels' not in p.read_bytes()[:2000].decode('latin1') for p in files(clip))
+    assert all('rows' not in p.read_bytes()[:2000].decode('latin1') for p in files(clip))
     before = files(clip)
     # its views are fixed pictures
     fit(VPT(clip, data.classnames), data, Recipe(epochs=1), views=2, progress=False)
@@ -166,7 +166,6 @@ def test_views_are_recorded(data):
     assert fresh.views is None
     assert fixed.views == 2 == fixed.recipe.views
     assert fixed.precision == 'float32'
-    assert 'replace fresh augmentation' in ' '.join(open(fit.__code__.co_filename).read().split())
 
 
 # ---- half precision ------------------------------------------------------------------------------
@@ -184,7 +183,7 @@ def test_half_precision(cls, precision, data):
         assert l(x).dtype == torch.float32
         loss = l.loss(x, y)
         opt = torch.optim.SGD(l.parameters(), 0.)
-        assert l.training_step((x, y), opt) == pytest.approx(loss.item(), rel=1e-6)
+        assert l.training_step((x, y), opt).item() == pytest.approx(loss.item(), rel=1e-6)
         assert loss.dtype == torch.float32
         grads[p] = torch.cat([q.grad.flatten() for q in l.parameters()])
     assert grads[precision].dtype == torch.float32 and grads[precision].isfinite().all()

@@ -288,6 +288,7 @@ def test_a_strange_results_file_is_not_overwritten(photos, tmp_path, text):
     assert (tmp_path/'results.csv').read_text() == text and not list(tmp_path.glob('records/*'))
 
 
+@pytest.mark.stress
 def test_transfer_and_unseen_domains(tmp_path, monkeypatch):
     """Zero-shot on the second data set, and on each domain left out; the shots of a left-out
     domain come from the other three"""
@@ -307,6 +308,7 @@ def test_transfer_and_unseen_domains(tmp_path, monkeypatch):
         refused('compare', '--methods', 'zero-shot', *args, '--out', tmp_path, says=says)
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
 def test_a_real_ctrl_c(photos, tmp_path):
     "SIGINT in the middle of training, in a process of its own"
@@ -331,7 +333,10 @@ def test_a_real_ctrl_c(photos, tmp_path):
 
 # ---- train, evaluate, predict, info --------------------------------------------------------------
 
-@pytest.fixture(scope='module', params=METHODS)
+# chosen and solved without steps; words; image prompts; episodes; drawn for each image
+SORTS = ['zero-shot-best', 'linear-probe', 'coop', 'vpt', 'metaprompt', 'variational-cocoop']
+
+@pytest.fixture(scope='module', params=SORTS)
 def trained(request, photos, tmp_path_factory):
     path = tmp_path_factory.mktemp('prompts')/f'{request.param}.safetensors'
     return request.param, path, works('train', photos, '--method', request.param, '--shots', 3,
@@ -403,7 +408,7 @@ def test_predict_folders_and_patterns(coop, photos, tmp_path):
     ]
 
 
-@pytest.mark.parametrize('method', ['coop', 'cocoop', 'vpt', 'metaprompt', 'variational-coop'])
+@pytest.mark.parametrize('method', ['cocoop', 'metaprompt'])
 def test_batches_change_nothing(method, photos, tmp_path):
     """The same probabilities to six digits, whatever comes through the tower together; also beside
     what cannot be read"""
@@ -416,7 +421,7 @@ def test_batches_change_nothing(method, photos, tmp_path):
         return json.loads(r.out)
     one = read(1)
     assert len(one['images']) == 12 and len(one['errors']) == 1
-    for many in map(read, (5, 7, 100)):
+    for many in map(read, (5, 100)):
         assert many['errors'] == one['errors']
         assert [i['image'] for i in many['images']] == [i['image'] for i in one['images']]
         p = lambda r: torch.tensor([[next(t['probability'] for t in i['top'] if t['class'] == c)
@@ -509,7 +514,7 @@ def test_train_tracks_and_goes_on(photos, tmp_path):
     "--tracker writes what TensorBoard reads and changes no bit; --checkpoint takes a folder"
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    for method in ('coop', 'linear-probe', 'cocoop'):
+    for method in ('coop', 'linear-probe'):
         train = lambda name, *more: works('train', photos, '--method', method, '--shots', 2,
                                           '--epochs', 3, '--seed', 2, '--out', tmp_path/name, *more)
         train('a'), train('b', '--tracker', tmp_path/method, '--checkpoint',
@@ -560,6 +565,7 @@ def test_predict_sees_what_training_saw(mode, photos, picto, tmp_path):
     assert f'{learner.classnames[p.argmax()]} {100*p.max():.1f} %' in said
 
 
+@pytest.mark.stress
 def test_round_trip_on_the_shipped_pictures(tmp_path):
     path = tmp_path/'p.safetensors'
     r = works('train', '--task', 'icons', '--shots', 1, '--classes', 'base', '--epochs', 1, '--out',

@@ -964,7 +964,7 @@ def pool(tmp_path_factory):
     return root
 
 POOL = [f'{c}/{i:02d}.png' for c in 'ab' for i in range(6)]
-quick = settings(max_examples=40, deadline=None,
+quick = settings(max_examples=20, deadline=None,
                  suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAMES = st.text('xyz é,"_', min_size=1,
                 max_size=5).filter(lambda n: n.strip() == n and n.replace('_', ' ').strip())

@@ -177,8 +177,10 @@ def other_modes(g, learner, where):
     return errors
 
 
-@pytest.mark.parametrize('path', ['fast', 'plain', 'checkpoint'])
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=['float64', 'float32'])
+@pytest.mark.parametrize(
+    'dtype,path',
+    [(torch.float64, 'fast'), (torch.float64, 'plain'), (torch.float32, 'checkpoint')],
+    ids=['float64-fast', 'float64-plain', 'float32-checkpoint'])
 @pytest.mark.parametrize('case', [c for c in CASES if method_of(c) in WHERE])
 def test_golden(case, dtype, path):
     g = Golden(FOLDER/case, dtype)

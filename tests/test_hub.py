@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants, file_download, utils
 from safetensors.torch import save_file
 
 from clipprompt import __version__
@@ -125,7 +125,7 @@ def hub(monkeypatch, tmp_path):
     server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     server.url = f'http://127.0.0.1:{server.server_port}'
     server.repos, server.asked, server.status = {}, [], None
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[.01], daemon=True).start()
     point_to(monkeypatch, server.url)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'hub-cache'))
     monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path/'no-token'))
@@ -183,6 +183,11 @@ def test_private(hub, clip, monkeypatch):
     assert CoOp.load(local_prompts('hf://ada/secret', token='hf_right'), clip)
 
 
+def forget_sessions():
+    "Before 1.0 the client's sessions remember whether they are offline"
+    getattr(utils, 'reset_sessions', lambda: None)()
+
+
 def test_the_cache_serves_when_the_network_is_gone(hub, clip, monkeypatch):
     """A second load asks and fetches nothing; without network, or in offline mode, what was
     fetched is still there"""
@@ -195,12 +200,14 @@ def test_the_cache_serves_when_the_network_is_gone(hub, clip, monkeypatch):
     assert {c for c, p in hub.asked if not p.startswith('/api/')} == {'HEAD'}
     hub.asked.clear()
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    forget_sessions()
     assert same('hf://ada/shapes') and same(pinned) and not hub.asked
     for call in (lambda: load_prompts('hf://ada/other', clip),
                  lambda: learner.push_to_hub('ada/shapes')):
         with pytest.raises(ConnectionError) as e: call()
         one_line(e, 'ada/', 'HF_HUB_OFFLINE', 'unset it')
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    forget_sessions()
     # a port where nobody listens
     monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
     # the client tries again, more and more slowly
@@ -321,6 +328,7 @@ def test_the_lines_on_the_card_run(hub, monkeypatch):
     assert torch.equal(space['learner'].ctx.tokens.cpu(), learner.ctx.tokens)
 
 
+@pytest.mark.stress
 def test_the_command_in_a_process_of_its_own(hub, tmp_path):
     """In offline mode, with nothing but the hub's environment variables and a cache that holds the
     prompts"""

@@ -446,7 +446,8 @@ def test_21_save_load_and_other_classes(preset, tmp_path):
 # ---- beyond them ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('kw', [{}, PRESETS['map_dafe_b'],
+# besides the defaults, in test_check.py
+@pytest.mark.parametrize('kw', [PRESETS['map_dafe_b'],
                                 dict(text='both', vision='read', gate='conditional')])
 def test_contract(kw): assert (check_learner(MAPDAFE, **kw).result == 'passed').all()
 

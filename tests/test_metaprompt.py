@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clipprompt.backbone import load_backbone
 from clipprompt.check import check_learner
 from clipprompt.coop import CoOp
 from clipprompt.data import DataError, join
 from clipprompt.sets import load_dataset
 from clipprompt.learner import Classifier, Recipe
-from clipprompt.metaprompt import (MODES, MetaPrompt, Part, TwoPairs, class_episodes, class_groups,
+from clipprompt.metaprompt import (MODES, MetaPrompt, Part, class_episodes, class_groups,
                                    domain_episodes, episodic, rehearse)
 from clipprompt.prompts import Prompts, phrase_tokens
 from clipprompt.protocols import Method, domain
@@ -38,12 +37,10 @@ def sgd(learner, lr=.05, momentum=.9):
     return torch.optim.SGD(learner.parameters(), lr, momentum, weight_decay=5e-4)
 
 
-@pytest.mark.parametrize('hparams', [
-    {}, dict(mode='clean', order=2), dict(split='domain', depth=2, mode='restore'),
-    dict(templates=['a {}', 'the {} there'])], ids=str)
+@pytest.mark.parametrize('hparams', [  # besides the defaults, in test_check.py
+    dict(mode='clean', order=2), dict(split='domain', depth=2, mode='restore',
+                                      templates=['a {}', 'the {} there'])], ids=str)
 def test_contract(hparams): assert (check_learner(MetaPrompt, **hparams).result == 'passed').all()
-
-def test_contract_without_episodes(): assert (check_learner(TwoPairs).result == 'passed').all()
 
 
 def test_v1_each_term_reaches_its_tower_and_all_its_tokens(clip, batch):
@@ -286,7 +283,7 @@ def joined():
 def test_domains_reach_the_step(joined, monkeypatch):
     """Each image comes with the domain it was drawn in, with fresh and with fixed views, around a
     learner of its own or MetaPrompt"""
-    picto, seen = load_backbone(device='cpu'), []
+    picto, seen = tiny_clip(), []
     data = type(joined)(**{**vars(joined), 'train': joined.train[:24] + joined.train[80:104]})
     assert data.domains == ['edges', 'icons', 'pixels']
     pictures = data.pictures('train',
@@ -310,7 +307,7 @@ def test_domains_reach_the_step(joined, monkeypatch):
 
 def test_resuming_draws_the_same_groups(joined, tmp_path):
     "Bit-equal after an interruption, though the groups are drawn at random"
-    picto = load_backbone(device='cpu')
+    picto = tiny_clip()
     data = load_dataset().base().few_shot(1)
     recipe = Recipe(lr=.005, epochs=3, batch_size=20)
     whole, again = (MetaPrompt(picto, data.classnames, depth=1, mode='clean') for _ in range(2))
@@ -329,7 +326,7 @@ def test_resuming_draws_the_same_groups(joined, tmp_path):
 
 
 def test_a_plain_run_is_not_resumed_with_episodes(tmp_path):
-    picto, data = load_backbone(device='cpu'), load_dataset().base().few_shot(1)
+    picto, data = tiny_clip(), load_dataset().base().few_shot(1)
     make, recipe = lambda: CoOp(picto, data.classnames, n_ctx=1), Recipe(epochs=1, views=1)
     fit(make(), data, recipe, checkpoint=tmp_path/'c', progress=False)
     with pytest.raises(ValueError) as e:
@@ -338,7 +335,7 @@ def test_a_plain_run_is_not_resumed_with_episodes(tmp_path):
 
 
 def test_what_is_chosen_from_the_data(joined):
-    picto = load_backbone(device='cpu')
+    picto = tiny_clip()
     row = domain(Method(MetaPrompt, dict(depth=1), Recipe(epochs=1)), picto, joined, shots=1)
     assert row['protocol'] == 'domain' and row['task'] == 'pixels' and 0 < row['accuracy'] < 100
     assert MetaPrompt(picto, joined.classnames).choose(joined).hparams['split'] == 'domain'

@@ -3,13 +3,11 @@ again."""
 import io
 import json
 import os
-import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -159,48 +157,96 @@ def test_a_damaged_record_is_named(runs, whole, tmp_path):
 
 # ---- others at work, and killed ------------------------------------------------------------------
 
-WORKER = '''
-import sys, json
+WORKERS = '''
+import json, os, signal, sys, threading
 from pathlib import Path
+import torch
+from tqdm import tqdm
 from clipprompt import sweep as m
+from clipprompt.learner import PromptLearner
 from clipprompt.sweep import Run, sweep
-out, runs = Path(sys.argv[1]), [Run(**(r | dict(targets=()))) for r in json.loads(sys.argv[2])]
+
+out = Path(sys.argv[1])
+runs = [Run(**(r | dict(targets=()))) for r in json.loads(sys.argv[2])]
+torch.set_num_threads(1)          # forked processes cannot share a pool of threads
+tqdm.set_lock(threading.RLock())  # nor tqdm's own lock, which a killed one would keep for ever
+tqdm.monitor_interval = 0
 do = m._do
+
 def told(run, at, out):
     do(run, at, out)
     with open(out/'did.txt', 'a') as f: f.write(at.name+'\\n')
-m._do = told
-print('ready', flush=True)
-sweep(runs, out, progress=False, patience=.2)
-print('finished', flush=True)
-'''
 
-def worker(out, runs):
-    text = json.dumps([vars(r) for r in runs])
-    return subprocess.Popen([sys.executable, '-c', WORKER, str(out), text], stdout=subprocess.PIPE,
-                            text=True, start_new_session=True,
-                            env=os.environ | dict(OMP_NUM_THREADS='1'))
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+def die_in_step(n):
+    step, steps = PromptLearner.training_step, []
+    def training_step(self, batch, optimizer):
+        steps.append(1)
+        if len(steps) == n: die()
+        return step(self, batch, optimizer)
+    PromptLearner.training_step = training_step
+
+def die_before_record(n):
+    "The run is done, its record half on disk"
+    replace, seen = os.replace, []
+    def os_replace(a, b):
+        seen.append(b) if str(b).endswith('.json') else None
+        if len(seen) == n:
+            os.truncate(a, 50)
+            die()
+        replace(a, b)
+    os.replace = os_replace
+
+def worker(runs, arm=lambda: None):
+    pid = os.fork()
+    if pid: return pid
+    try:
+        m._do = told
+        arm()
+        sweep(runs, out, progress=False, patience=.05)
+        os._exit(0)
+    finally: os._exit(1)
+
+def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+if sys.argv[3] == 'share':
+    both = [worker(runs), worker(runs[::-1])]
+    print(*map(ended, both))
+else:
+    print(ended(worker(runs, lambda: die_in_step(5))),
+          ended(worker(runs, lambda: die_before_record(2))),
+          ended(worker(runs[::-1], lambda: die_in_step(4))))
+'''
+forks = pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
+
+def workers(out, runs, what):
+    "Exit codes of processes that work at a sweep"
+    args = [str(out), json.dumps([vars(r) for r in runs]), what]
+    r = subprocess.run([sys.executable, '-c', WORKERS, *args], capture_output=True, text=True,
+                       env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert r.returncode == 0, r.stderr
+    return [int(code) for code in r.stdout.split()]
 
 
 @pytest.mark.stress
+@forks
 def test_two_workers_share_a_folder(runs, whole, tmp_path):
-    both = [worker(tmp_path, runs), worker(tmp_path, runs[::-1])]
-    assert all(p.wait(120) == 0 for p in both)
+    assert workers(tmp_path, runs, 'share') == [0, 0]
     # each once
     assert sorted((tmp_path/'did.txt').read_text().split()) == sorted(scores(whole.records))
     assert scores(read_records(tmp_path/'records')) == scores(whole.records)
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize('seed', [1, 2])
-def test_kill_9_at_any_moment(runs, whole, tmp_path, seed):
-    "The killed one blocks nobody, and what it left half done ends in the same bits"
-    rng, longer = random.Random(seed), [Run(**(vars(r) | dict(epochs=3))) for r in runs]
-    for _ in range(2):
-        p = worker(tmp_path, longer)
-        assert p.stdout.readline() == 'ready\n'
-        time.sleep(rng.uniform(.5, 3)); os.killpg(p.pid, signal.SIGKILL); p.wait()
-    done = sweep(longer, tmp_path, progress=False, patience=.1)
+@forks
+def test_kill_9_at_any_moment(runs, whole, tmp_path):
+    "The killed ones block nobody, and what they left half done ends in the same bits"
+    assert workers(tmp_path, runs, 'die') == [-signal.SIGKILL]*3
+    found = scores(read_records(tmp_path/'records'))
+    assert 0 < len(found) < len(runs)
+    assert all(scores(whole.records)[k] == v for k, v in found.items())
+    done = sweep(runs, tmp_path, progress=False, patience=.1)
     assert scores(done.records) == scores(whole.records) == scores(read_records(tmp_path/'records'))
 
 
@@ -220,20 +266,48 @@ def test_a_lock_is_respected_and_dies_with_its_owner(runs, tmp_path):
 # ---- Ray -----------------------------------------------------------------------------------------
 
 DRIVER = '''
-import sys, json, ray
+import json, os, signal, sys
+import ray
+from clipprompt import sweep as m
 from clipprompt.sweep import Run, sweep
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-print('ready', flush=True)
+out, dies = sys.argv[1], sys.argv[3] == 'dies'
 runs = [Run(**(r | dict(targets=()))) for r in json.loads(sys.argv[2])]
-left = sweep(runs, sys.argv[1], backend='ray', progress=False, patience=.2)
+tell, told = m._tell, []
+
+def dies_once(run, *args): # on a worker: killed in the fifth step of its run, the first time
+    from clipprompt.learner import PromptLearner
+    from clipprompt.sweep import attempt
+    step, steps = PromptLearner.training_step, []
+    def training_step(self, batch, optimizer):
+        steps.append(1)
+        if len(steps) == 5:
+            try: os.close(os.open(f'{out}/died', os.O_CREAT | os.O_EXCL))
+            except FileExistsError: pass
+            else: os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, batch, optimizer)
+    PromptLearner.training_step = training_step
+    try: return attempt(run, *args)
+    finally: PromptLearner.training_step = step
+
+def waits(*args): # here: after the seventh run, to be killed with all the cluster
+    tell(*args)
+    told.append(1)
+    if len(told) == 7:
+        print('waiting', flush=True)
+        signal.pause()
+
+if dies: m.attempt, m._tell = dies_once, waits
+left = sweep(runs, out, backend='ray', progress=False, patience=.2)
 print('finished', len(left.records), len(left.failed), flush=True)
 '''
 
-def driver(out, runs):
-    args = str(out), json.dumps([vars(r) for r in runs])
+def driver(out, runs, how):
+    args = str(out), json.dumps([vars(r) for r in runs]), how
     env = os.environ | dict(OMP_NUM_THREADS='1', RAY_USAGE_STATS_ENABLED='0')
-    return subprocess.Popen([sys.executable, '-c', DRIVER, *args], stdout=subprocess.PIPE,
-                            stderr=subprocess.DEVNULL, text=True, start_new_session=True, env=env)
+    with open(out/'stderr.txt', 'a') as log:
+        return subprocess.Popen([sys.executable, '-c', DRIVER, *args], stdout=subprocess.PIPE,
+                                stderr=log, text=True, start_new_session=True, env=env)
 
 def children(pid): # all processes below one, by their ids
     below = {}
@@ -245,41 +319,24 @@ def children(pid): # all processes below one, by their ids
     for p in found: found += below.get(p, [])   # the list grows while it is read
     return found
 
-def ray_workers(pid): # processes of one cluster that are doing a run at this moment
-    found = []
-    for p in children(pid):
-        try: title = Path('/proc', str(p), 'cmdline').read_bytes()
-        except OSError: continue
-        if title.startswith(b'ray::attempt'): found.append(p)
-    return found
-
-def until(what, seconds=90):
-    end = time.time()+seconds
-    while time.time() < end:
-        if got := what(): return got
-        time.sleep(.05)
-    raise TimeoutError
-
 
 @pytest.mark.stress
-@pytest.mark.skipif(not Path('/proc').is_dir(), reason='looks for worker processes in /proc')
+@pytest.mark.skipif(not Path('/proc').is_dir(), reason="looks for the cluster's processes in /proc")
 def test_ray_survives_a_dead_worker_and_a_dead_driver(runs, whole, tmp_path):
     pytest.importorskip('ray', reason="needs clipprompt[ray]")
     count = lambda: len(list((tmp_path/'records').glob('*.json')))
-    p = driver(tmp_path, runs)
-    try:
-        until(lambda: count() >= 1 and ray_workers(p.pid))
-        # a worker dies in the middle of its run
-        os.kill(random.choice(until(lambda: ray_workers(p.pid))), signal.SIGKILL)
-        before = count()
-        until(lambda: count() > before)
+    p = driver(tmp_path, runs, 'dies')
+    try: said = p.stdout.readline()
     finally:
         cluster = children(p.pid)
         os.killpg(p.pid, signal.SIGKILL); p.wait()   # the driver dies,
         for pid in cluster:                        # and its cluster with it, by ids: no others' Ray
             try: os.kill(pid, signal.SIGKILL)
             except ProcessLookupError: pass
-    left = driver(tmp_path, runs)
+    assert said == 'waiting\n', (tmp_path/'stderr.txt').read_text()
+    assert (tmp_path/'died').exists()   # a worker, in the middle of its run
+    assert 7 <= count() < len(runs)
+    left = driver(tmp_path, runs, 'lives')
     try: said = left.communicate(timeout=240)[0]
     finally: os.killpg(left.pid, signal.SIGKILL) if left.poll() is None else None
     assert f'finished {len(runs)} 0' in said
@@ -314,6 +371,7 @@ def test_any_row_can_be_run_again(whole, tmp_path):
         assert scores([again])[r['run']] == pytest.approx(scores([r])[r['run']], abs=1e-4)
 
 
+@pytest.mark.stress
 def test_stored_rows_can_be_run_again():
     "The rows that the book prints, too"
     r = next(r for r in read_records(assets()/'results.csv')
@@ -423,8 +481,9 @@ def test_targets_are_for_cross(photos, tmp_path):
     for call in (recorded, compared):
         with pytest.raises(ValueError) as e: call()
         one_line(e, 'few-shot', 'no targets', 'cross')
-    both = sweep(grid(['zero-shot'], ['icons'], ['few-shot', 'cross'], [1], [1], targets=['emoji']),
-                 tmp_path, progress=False)
+    other = shapes(tmp_path/'other')
+    both = sweep(grid(['zero-shot'], [str(photos)], ['few-shot', 'cross'], [1], [1],
+                      targets=[str(other)]), tmp_path/'out', progress=False)
     assert len(both.records) == 2
     assert not both.failed
     assert sorted(r['protocol'] for r in both.records) == ['cross', 'few-shot']
@@ -432,8 +491,8 @@ def test_targets_are_for_cross(photos, tmp_path):
 
 def test_a_targets_own_sentence(photos):
     "Zero-shot on a target reads the target's template, not the source's"
-    clip, source = load_backbone(device='cpu'), load_dataset(task='icons')
-    target = replace(load_dataset(photos), template='a drawing of a {}.')
+    clip, source = load_backbone(device='cpu'), load_dataset(photos)
+    target = replace(load_dataset(photos), name='target', template='a drawing of a {}.')
     rec = record(METHODS['zero-shot'], 'cross', clip, source, 1, targets=[target])
     theirs = evaluate(METHODS['zero-shot'].cls(clip, target.classnames, 'a drawing of a {}.'),
                       target)
