@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .backbone import Backbone
 from .learner import PromptLearner, Recipe
-from .prompts import Given, Prompts, phrase_tokens, place
+from .prompts import AUTO, Given, place, word_start
 
 # %% ../nbs/12_cocoop.ipynb #12-003a
 def _meta_net(
@@ -32,20 +32,18 @@ def _meta_net(
 class CoCoOp(PromptLearner):
     """Conditional context optimisation (Zhou et al. 2022, CVPR, section 3.2)
 
-    Raises ValueError when a prompt does not fit the context."""
-    method, learns_text = 'cocoop', True
+    Raises ValueError when a prompt does not fit the context, or `n_ctx` not the words."""
+    method, learns_text, per_image = 'cocoop', True, True
 
     def __init__(self, backbone:Backbone, classnames:list[str],
-        n_ctx:int=4,                      # context length M; a phrase overrides it
-        ctx_init:str|None='a photo of a', # start from these words; None: from noise
-        seed:int=0,                       # of the noise and of the meta-net
+        n_ctx:int|None=None,    # context length M; None: as the words have, 4 of noise
+        ctx_init:str|None=AUTO, # words to start from; 'auto': "a photo of a"; None: noise
+        seed:int=0,             # of the noise and of the meta-net
     ):
         super().__init__(backbone, classnames, n_ctx=n_ctx, ctx_init=ctx_init, seed=seed)
-        words = phrase_tokens(backbone, ctx_init) if ctx_init else None  # [M, D_t]
-        M = n_ctx if words is None else len(words)
-        self.ctx = Prompts(M, backbone.text_width, seed=seed)
-        if words is not None: self.ctx.tokens.data.copy_(words)
-        self.sentences = place(backbone, self.classnames, M, words=ctx_init)
+        self.ctx, words = word_start(backbone, n_ctx, ctx_init, usual=4, seed=seed)
+        M = self.ctx.tokens.shape[1]  # tokens: [1, M, D_t]
+        self.sentences = place(backbone, self.classnames, M, words=words)
         self.meta_net = _meta_net(backbone.embed_dim, backbone.text_width, seed)
 
     def context(self, image_features:Tensor) -> Tensor: # [B, E] -> [B, M, D_t]

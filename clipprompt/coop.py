@@ -12,31 +12,31 @@ from torch.nn import functional as F
 
 from .backbone import Backbone
 from .learner import PromptLearner, Recipe
-from .prompts import Prompts, phrase_tokens, place
+from .prompts import AUTO, place, word_start
 
 # %% ../nbs/11_coop.ipynb #11-007
 class CoOp(PromptLearner):
     """Context optimisation (Zhou et al. 2022, section 3)
 
-    Raises ValueError when a prompt does not fit the context."""
+    Raises ValueError when a prompt does not fit the context, or `n_ctx` not the words."""
     method, learns_text = 'coop', True
+    cpu_hparams = dict(ctx_init=AUTO)  # a short training does not get far from noise
+    usual_n_ctx = 16                   # context length M where nobody says it
 
     def __init__(self, backbone:Backbone, classnames:list[str],
-        n_ctx:int=16,           # context length M; a phrase overrides it
+        n_ctx:int|None=None,    # context length M; None: as the words have, 16 of noise
         position:str='end',     # of the class name: 'end', 'middle' or 'front'
         csc:bool=False,         # class-specific context: M vectors for each class
-        ctx_init:str|None=None, # start from a phrase such as "a photo of a"; noise by default
+        ctx_init:str|None=None, # words to start from, 'auto' or noise (see `word_start`)
         seed:int=0,             # of the noise
     ):
         super().__init__(backbone, classnames, n_ctx=n_ctx, position=position, csc=csc,
                          ctx_init=ctx_init, seed=seed)
-        words = phrase_tokens(backbone, ctx_init) if ctx_init else None  # [M, D_t]
-        M = n_ctx if words is None else len(words)
-        if M < 1: raise ValueError(f'n_ctx must be at least 1, not {n_ctx}')
         n_classes = len(self.classnames) if csc else None
-        self.ctx = Prompts(M, backbone.text_width, n_classes=n_classes, seed=seed)
-        if words is not None: self.ctx.tokens.data.copy_(words)          # the same for every class
-        self.sentences = place(backbone, self.classnames, M, position, words=ctx_init)
+        self.ctx, words = word_start(backbone, n_ctx, ctx_init, self.usual_n_ctx,
+                                     n_classes=n_classes, seed=seed)
+        M = self.ctx.tokens.shape[-2]  # [1, M, D_t] or [1, C, M, D_t]
+        self.sentences = place(backbone, self.classnames, M, position, words)
 
     def text_features(self) -> Tensor: # [C, E], unit rows
         return F.normalize(self.text(self.sentences, self.ctx), dim=-1)
@@ -60,8 +60,8 @@ class CoOp(PromptLearner):
     def published(cls, setting='few-shot', shots=16, dataset='') -> dict:
         """16 random vectors for few shots; elsewhere four words
 
-        The words are those of the CoCoOp paper's runs (Zhou et al. 2022, CVPR, section 4)."""
-        return {} if setting == 'few-shot' else dict(ctx_init='a photo of a')
+        "a photo of a", as in the CoCoOp paper's runs (Zhou et al. 2022, CVPR, section 4)."""
+        return {} if setting == 'few-shot' else dict(ctx_init=AUTO)
 
 # %% ../nbs/11_coop.ipynb #11-022
 def nearest_words(learner:CoOp,

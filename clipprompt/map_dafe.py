@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import Backbone, nearest
-from .deep import check_depth, word_start
+from .deep import check_depth
 from .learner import PromptLearner, Recipe, frozen_key
-from .prompts import Given, Prompts, Sentences, place
+from .prompts import AUTO, Given, Prompts, Sentences, place, word_start
 from .towers import TextTower, VisionTower, run_beside, run_block
 
 # %% ../nbs/17_map_dafe.ipynb #17-007
@@ -279,7 +279,8 @@ class MAPDAFE(PromptLearner):
         h, backbone, tokens = self.hparams, self.backbone, self.ctx.tokens.data
         J, n, _ = tokens.shape
         if h['text'] == 'write':  # as IVLP
-            words, phrase = word_start(backbone, n, J, 'a photo of a', h['seed'])
+            words, phrase = word_start(backbone, n, AUTO, usual=n, part=True, depth=J,
+                                       seed=h['seed'])
             tokens.copy_(words.tokens.data)
             self.sentences = place(backbone, self.classnames, n, words=phrase)
             return

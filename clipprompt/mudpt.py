@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import Backbone, nearest
-from .deep import check_depth, word_start
+from .deep import check_depth
 from .learner import PromptLearner, Recipe
-from .prompts import Given, Prompts, place
+from .prompts import AUTO, Given, Prompts, place, word_start
 
 # %% ../nbs/14_mudpt.ipynb #14-007
 class Injection(nn.Module):
@@ -37,6 +37,12 @@ class Injection(nn.Module):
 # %% ../nbs/14_mudpt.ipynb #14-010
 FUSIONS = ('transformer', 'linear', 'text_to_vision')
 
+def _first_words(backbone:Backbone, words:str|None, n:int) -> str|None:
+    "The first n words if they are n tokens, as the repository's are; None: placeholders"
+    if words is None: return None
+    first = ' '.join(words.replace('_', ' ').split()[:n])
+    return first if len(backbone.tokenizer.encode(first)) == n else None
+
 def _linear(d_in:int, d_out:int, seed:int) -> nn.Linear:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -46,14 +52,15 @@ def _linear(d_in:int, d_out:int, seed:int) -> nn.Linear:
 class MuDPT(PromptLearner):
     """Multi-modal deep-symphysis prompt tuning
 
-    Miao et al. 2023; the maps as in the authors' three trainers."""
+    Miao et al. 2023; the maps as in the authors' three trainers. Raises ValueError for another
+    fusion, and when the words of `ctx_init` are fewer than `n_ctx`."""
     method, learns_text, learns_image = 'mudpt', True, True
 
     def __init__(self, backbone:Backbone, classnames:list[str],
-        n_ctx:int=2,                      # tokens per level, in both towers
-        depth:int|None=None,              # levels J; None: 8, the repository's, or all if fewer
-        fusion:str='transformer',         # 'transformer', 'linear' or 'text_to_vision'
-        ctx_init:str|None='a photo of a', # start of the first level, if it has n_ctx words
+        n_ctx:int|None=None,      # tokens per level, in both towers; None: 2
+        depth:int|None=None,      # levels J; None: 8, the repository's, or all if fewer
+        fusion:str='transformer', # 'transformer', 'linear' or 'text_to_vision'
+        ctx_init:str|None=AUTO,   # the first level starts from its first words; None: noise
         seed:int=0,
     ):
         super().__init__(backbone, classnames, n_ctx=n_ctx, depth=depth, fusion=fusion,
@@ -62,10 +69,12 @@ class MuDPT(PromptLearner):
             raise ValueError(f"unknown fusion '{fusion}'; {nearest(fusion, FUSIONS)}")
         blocks = min(backbone.text_layers, backbone.vision_layers)
         J = check_depth(min(8, blocks) if depth is None else depth, blocks, 'smaller')
-        self.ctx, words = word_start(backbone, n_ctx, J, ctx_init, seed)  # [J, n, D_t]
-        if words: words = ' '.join(words.replace('_', ' ').split()[:n_ctx])
-        self.sentences = place(backbone, self.classnames, n_ctx, words=words)
-        self._make_image_side(n_ctx, J, fusion, seed)
+        self.ctx, words = word_start(backbone, n_ctx, ctx_init, usual=2, part=True, depth=J,
+                                     seed=seed)  # [J, n, D_t]
+        n = self.ctx.tokens.shape[1]
+        first = _first_words(backbone, words, n)
+        self.sentences = place(backbone, self.classnames, n, words=first)
+        self._make_image_side(n, J, fusion, seed)
 
     def _make_image_side(self, n_ctx, J, fusion, seed):
         "Image tokens and the maps between the towers, as many as the fusion has"

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .backbone import Backbone, nearest
 from .coop import CoOp
 from .learner import Recipe
-from .prompts import Given
+from .prompts import AUTO, Given
 from .training import Evaluation
 
 # %% ../nbs/18_variational.ipynb #18-007
@@ -191,13 +191,14 @@ def _released(dataset:str) -> tuple[int, int]: # samples, epochs
 # %% ../nbs/18_variational.ipynb #18-019
 class VariationalCoOp(Variational, CoOp):
     "CoOp with one Gaussian for all images (Derakhshani et al. 2023, unconditional)"
-    method = 'variational-coop'
+    method, drawn = 'variational-coop', True
+    cpu_hparams, usual_n_ctx = {}, 4
 
     def __init__(self, backbone:Backbone, classnames:list[str],
-        n_ctx:int=4,                       # context length M; a phrase overrides it
-        ctx_init:str|None='a photo of a',  # start from these words; None: from noise
-        seed:int=0,                        # of the start, and of the draws at test
-        **hparams,                         # `Variational`'s and CoOp's others
+        n_ctx:int|None=None,    # context length M; None: as the words have, 4 of noise
+        ctx_init:str|None=AUTO, # words to start from; 'auto': "a photo of a"; None: noise
+        seed:int=0,             # of the start, and of the draws at test
+        **hparams,              # `Variational`'s and CoOp's others
     ):
         super().__init__(backbone, classnames, n_ctx=n_ctx, ctx_init=ctx_init, seed=seed, **hparams)
 
@@ -216,7 +217,8 @@ class VariationalCoOp(Variational, CoOp):
 
 class VariationalCoCoOp(VariationalCoOp):
     "CoCoOp's idea with a Gaussian for each image (Derakhshani et al. 2023, conditional)"
-    method, conditional = 'variational-cocoop', True
+    method, conditional, per_image = 'variational-cocoop', True, True
+    cpu_hparams = dict(samples=2)
 
 # %% ../nbs/18_variational.ipynb #18-039
 def ece(scores:Evaluation, bins:int=15) -> float: # percent

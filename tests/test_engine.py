@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from clipprompt.coop import CoOp
-from clipprompt.data import Augmented, load_dataset, mixed, normalised
+from clipprompt.data import Augmented, mixed, normalised
 from clipprompt.data import test_transform as to_test
 from clipprompt.data import train_transform
 from clipprompt.deep import VPT
 from clipprompt.learner import Classifier, PromptLearner, Recipe
 from clipprompt.metaprompt import MetaPrompt
+from clipprompt.sets import load_dataset
 from clipprompt.training import (Average, Collecting, Evaluation, Feed, Hook, Lines, encode,
     evaluate, fit, frozen_features, lr_at, optimizer_of)
 from helpers import one_line, shapes, tiny_clip

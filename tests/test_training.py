@@ -17,20 +17,13 @@ from safetensors import safe_open
 from clipprompt import training
 from clipprompt.coop import CoOp
 from clipprompt.data import test_transform
-from clipprompt.sets import load_dataset
+from clipprompt.deep import VPT
 from clipprompt.files import write_safely
 from clipprompt.learner import PromptLearner, Recipe
-from clipprompt.methods import find_method, load as load_prompts, methods
-from clipprompt.protocols import base_to_new, few_shot
-from clipprompt.training import encode, evaluate, fit, lr_at
-from clipprompt.variational import Variational
+from clipprompt.sets import load_dataset
+from clipprompt.training import Feed, Hook, encode, evaluate, fit, lr_at, shuffled
 from helpers import TINY, shapes, tiny_clip
 
-METHODS = {name: find_method(name) for name in methods()}
-NAMES = [
-    'a', 'guide dog', 'eel',
-    'a small red bird with a very long tail that sits on the branch of an old tree', 'cat'
-]
 RECIPE = Recipe(lr=.05, epochs=3, batch_size=4)
 TENSORBOARD = importlib.util.find_spec('tensorboard') is not None
 
@@ -232,11 +225,13 @@ MOMENTS = '''
 import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from tqdm import tqdm
-from clipprompt import training
+from clipprompt import files, training
+from clipprompt.coop import CoOp
 from clipprompt.sets import load_dataset
-from clipprompt.learner import Recipe
-from clipprompt.methods import find_class
+from clipprompt.deep import VPT
+from clipprompt.learner import PromptLearner, Recipe
+from clipprompt.metaprompt import MetaPrompt
+from clipprompt.variational import VariationalCoOp
 from helpers import tiny_clip
 
 folder, where = sys.argv[2:4]
@@ -250,11 +245,12 @@ HOW = {  # fixed views and a chosen epoch; fresh augmentation; episodes; noise, 
 }
 
 def run(name, checkpoint, tracker):
-    views = 2 if name in ('coop', 'variational-coop') else None
-    select = 'best_on_test' if name == 'coop' else 'last'
-    learner = find_class(name)(clip, data.classnames, seed=1)
-    recipe = Recipe(lr=.05, epochs=8, batch_size=4, views=views, select=select)
-    fit = training.fit(learner, data, recipe, 1, checkpoint, progress=False, tracker=tracker)
+    cls, own = HOW[name]
+    learner = cls(clip, data.classnames, seed=1)
+    recipe = Recipe(**dict(lr=.05, epochs=8, batch_size=4) | own)
+    hooks = [training.Average()] if name == 'variational-coop' else []
+    fit = training.fit(learner, data, recipe, 1, checkpoint, progress=False, tracker=tracker,
+                       hooks=hooks)
     state = {n: p.detach().double().flatten().tolist() for n, p in learner.named_parameters()}
     return state, fit.losses, fit.scores
 
