@@ -29,8 +29,8 @@ from .map_dafe import MAPDAFE
 from .metaprompt import MetaPrompt
 from .mudpt import MuDPT
 from .protocols import SETTINGS, Method, arguments, called, mark_of, record
-from .public import PUBLIC
 from .provp import ProVP, ProVPRef
+from .public import PUBLIC
 from .sets import TASKS, load_dataset
 from .variational import VariationalCoCoOp, VariationalCoOp
 from .zeroshot import BestTemplate, LinearProbe, ZeroShot
