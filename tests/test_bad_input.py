@@ -652,6 +652,7 @@ def test_brackets_in_names(prompts, tmp_path):
     refused('info', '[/red]:key:.safetensors', says=['[/red]:key:.safetensors'])
 
 
+@pytest.mark.stress
 def test_the_installed_command(tmp_path):
     "A process of its own: the message on stderr, nothing on stdout, exit code 1"
     code = 'from clipprompt.cli import main; main()'

@@ -270,7 +270,10 @@ import json, os, signal, sys
 import ray
 from clipprompt import sweep as m
 from clipprompt.sweep import Run, sweep
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+for trial in range(3):   # on a busy machine its first start can time out
+    try: ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    except Exception: ray.shutdown()
+    else: break
 out, dies = sys.argv[1], sys.argv[3] == 'dies'
 runs = [Run(**(r | dict(targets=()))) for r in json.loads(sys.argv[2])]
 tell, told = m._tell, []
