@@ -470,7 +470,8 @@ def picto_names(path): return read_prompts(path)[0]['classnames']
 
 def test_an_error_leaves_the_old_file(coop, photos, tmp_path):
     (tmp_path/'out.json').write_text('old'), (tmp_path/'broken.png').write_text('x')
-    refused('predict', coop, photos, tmp_path/'broken.png', '--out', tmp_path/'out.json', says=['broken.png'])
+    refused('predict', coop, photos, tmp_path/'broken.png', '--out', tmp_path/'out.json',
+            says=['broken.png'])
     assert (tmp_path/'out.json').read_text() == 'old'
 
 
@@ -656,11 +657,12 @@ def test_settings_reach_method_and_recipe(photos, tmp_path):
     assert {k: row['recipe'][k] for k in ('lr', 'epochs')} == dict(lr=.5, epochs=1)
 
 
-@pytest.mark.parametrize('command', [('train', '--method', 'coop'), ('compare', '--methods', 'coop'),
-                                     ('sweep', '--methods', 'coop', '--plan')],
-                         ids=['train', 'compare', 'sweep'])
+@pytest.mark.parametrize(
+    'command', [('train', '--method', 'coop'), ('compare', '--methods', 'coop'),
+                ('sweep', '--methods', 'coop', '--plan')], ids=['train', 'compare', 'sweep'])
 @pytest.mark.parametrize('setting,says', [
-    (['n_ctxt=4'], ["no setting 'n_ctxt'", 'did you mean n_ctx']), (['n_ctx=four'], ['n_ctx must be']),
+    (['n_ctxt=4'], ["no setting 'n_ctxt'", 'did you mean n_ctx']),
+    (['n_ctx=four'], ['n_ctx must be']),
     (['lr=fast'], ['lr must be a number']), (['n_ctx'], ['NAME=VALUE']),
     (['select=first'], ["unknown select 'first'"]), (['lr=1', 'lr=2'], ['lr is given twice'])],
     ids=lambda x: ' '.join(x))
@@ -685,7 +687,8 @@ def test_evaluate_for_programs(coop, photos, tmp_path):
     said = json.loads(works('evaluate', coop, photos, '--json').out)
     assert said['method'] == 'coop' and said['images'] == 8 and len(said['per_class']) == 4
     assert said['accuracy'] == pytest.approx(100*said['right']/8)
-    for form in ('json', 'csv', 'txt'): works('evaluate', coop, photos, '--out', tmp_path/f'a.{form}')
+    for form in ('json', 'csv', 'txt'):
+        works('evaluate', coop, photos, '--out', tmp_path/f'a.{form}')
     assert json.loads((tmp_path/'a.json').read_text()) == said
     rows = pd.read_csv(tmp_path/'a.csv')
     assert rows.accuracy.tolist() == [row['accuracy'] for row in said['per_class']]
