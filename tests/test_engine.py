@@ -12,11 +12,13 @@ from clipprompt.data import Augmented, mixed, normalised
 from clipprompt.data import test_transform as to_test
 from clipprompt.data import train_transform
 from clipprompt.deep import VPT
+from clipprompt.evaluation import Evaluation, encode, evaluate, frozen_features
+from clipprompt.hooks import Average, Hook, Lines
 from clipprompt.learner import Classifier, PromptLearner, Recipe
 from clipprompt.metaprompt import MetaPrompt
 from clipprompt.sets import load_dataset
-from clipprompt.training import (Average, Collecting, Evaluation, Feed, Hook, Lines, encode,
-    evaluate, fit, frozen_features, lr_at, optimizer_of)
+from clipprompt.steps import Collecting, Feed, lr_at, optimizer_of
+from clipprompt.training import fit
 from helpers import one_line, shapes, tiny_clip
 
 RECIPE = Recipe(lr=.05, epochs=3, batch_size=4)
@@ -244,13 +246,13 @@ class Scores(Hook):
 
 
 def test_best_on_val_keeps_the_best_epoch(clip, few, monkeypatch):
-    from clipprompt import training
+    from clipprompt import hooks
     planned = iter([10., 40., 30., 40., 20.])
     splits = []
     def scored(learner, data, split):
         splits.append(split)
         return type('E', (), dict(accuracy=next(planned)))
-    monkeypatch.setattr(training, 'evaluate', scored)
+    monkeypatch.setattr(hooks, 'evaluate', scored)
     every = Scores()
     recipe = replace(RECIPE, epochs=9, select='best_on_val', patience=3)
     report, params = trained(clip, few, recipe, hooks=[every])
@@ -393,3 +395,21 @@ def test_prepare_is_called_once_by_fit(clip, few):
     learner = Looks(clip, few.classnames, n_ctx=2)
     fit(learner, few, RECIPE, progress=False)
     assert learner.looked == 12
+
+
+# ---- other people's data -------------------------------------------------------------------------
+
+def test_any_data_set_of_images_and_labels(clip, few):
+    "The same pixels and order, the same prompts; class names are asked for"
+    pictures = few.pictures('train', lambda image: image)
+    class Pairs(torch.utils.data.Dataset):
+        def __len__(self): return len(pictures)
+        def __getitem__(self, i): return pictures[i]
+    learner = CoOp(clip, few.classnames, n_ctx=2)
+    report = fit(learner, Pairs(), RECIPE, progress=False, classnames=few.classnames)
+    assert report.epochs == 3 and learner.ctx.tokens.isfinite().all()
+    scores = evaluate(learner, Pairs(), classnames=few.classnames)
+    assert torch.equal(scores.logits, evaluate(learner, few, 'train').logits)
+    for call in (fit, evaluate):
+        with pytest.raises(ValueError) as e: call(learner, Pairs())
+        one_line(e, 'Pairs', 'classnames=[...]')

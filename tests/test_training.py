@@ -14,14 +14,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from clipprompt import training
+from clipprompt import hooks, training
 from clipprompt.coop import CoOp
 from clipprompt.data import test_transform
 from clipprompt.deep import VPT
 from clipprompt.files import write_safely
 from clipprompt.learner import PromptLearner, Recipe
 from clipprompt.sets import load_dataset
-from clipprompt.training import Feed, Hook, encode, evaluate, fit, lr_at, shuffled
+from clipprompt.evaluation import encode, evaluate
+from clipprompt.hooks import Hook
+from clipprompt.steps import Feed, lr_at, shuffled
+from clipprompt.training import fit
 from helpers import TINY, shapes, tiny_clip
 
 RECIPE = Recipe(lr=.05, epochs=3, batch_size=4)
@@ -144,7 +147,7 @@ KILLED = '''
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from clipprompt import training
+from clipprompt import hooks, training
 from clipprompt.coop import CoOp
 
 from clipprompt.learner import Recipe
@@ -168,12 +171,12 @@ elif when == 'after the rename':                # the third checkpoint has just 
         if replaced.count(False) == 3: die()
     os.replace = os_replace
 else:                                           # half of the third checkpoint is on disk
-    save, saved = training.save_file, []
+    save, saved = hooks.save_file, []
     def save_file(state, path, meta):
         save(state, path, meta)
         saved.append(1)
         if len(saved) == 3: path.write_bytes(path.read_bytes()[:-50]); die()
-    training.save_file = save_file
+    hooks.save_file = save_file
 data = load_dataset(folder).few_shot(3)
 recipe = Recipe(lr=.05, epochs=6, batch_size=4)
 training.fit(CoOp(tiny_clip(), data.classnames, n_ctx=2), data, recipe, checkpoint=checkpoint,
@@ -224,7 +227,7 @@ MOMENTS = '''
 import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from clipprompt import files, training
+from clipprompt import hooks, training
 from clipprompt.coop import CoOp
 
 from clipprompt.deep import VPT
@@ -248,7 +251,7 @@ def run(name, checkpoint, tracker):
     cls, own = HOW[name]
     learner = cls(clip, data.classnames, seed=1)
     recipe = Recipe(**dict(lr=.05, epochs=8, batch_size=4) | own)
-    hooks = [training.Average()] if name == 'variational-coop' else []
+    hooks = [hooks.Average()] if name == 'variational-coop' else []
     fit = training.fit(learner, data, recipe, 1, checkpoint, progress=False, tracker=tracker,
                        hooks=hooks)
     state = {n: p.detach().double().flatten().tolist() for n, p in learner.named_parameters()}
@@ -267,7 +270,7 @@ def doomed(left):
         self.hooks.insert(0, hook)
         moment()
         return epoch(self, *args)
-    class Moments(training.Hook):
+    class Moments(hooks.Hook):
         def after_step(self, run, step): moment()
     hook = Moments()
     os.replace, training.Training._epoch = replaced, steps
