@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from .backbone import nearest
-from .data import DOMAINS, PICTOGRAMS, DataError, DataNotFound, DataSet, Item, _below
-from .data import _said, join, open_image, pictograms, template_of, to_rgb, unknown
+from .data import DOMAINS, PICTOGRAMS, DataError, DataNotFound, DataSet, Item, below
+from .data import said, join, open_image, pictograms, template_of, to_rgb, unknown
 from .disk import PARTS, words
 from .own import chosen_domains, read_own
 from .public import PUBLIC
@@ -134,8 +134,8 @@ def to_picture(
         with open_image(str(image)) as picture: return to_rgb(picture)
     if isinstance(image, torch.Tensor): image = image.detach().cpu().numpy()
     if isinstance(image, np.ndarray): return to_rgb(Image.fromarray(_bytes(_channels_last(image))))
-    raise ValueError(f'a {type(image).__name__} is no picture; give a PIL image, a path, '
-                     'or pixels as a tensor or array')
+    raise ValueError(f'an object of type {type(image).__name__} is no picture; '
+                     'give a PIL image, a path, or pixels as a tensor or array')
 
 def _channels_last(pixels:np.ndarray) -> np.ndarray: # [H, W], [H, W, 3] or [H, W, 4]
     depths, shape = (1, 3, 4), pixels.shape
@@ -172,7 +172,8 @@ def _columns(obj) -> tuple[str, str]: # of pictures, of labels
 def _whole_number(label, i:int) -> int:
     try: return operator.index(label)
     except (TypeError, ValueError):
-        raise DataError(f'the label of item {i} is {repr(label)[:60]}, not a whole number; '
+        given = ' '.join(repr(label).split())[:60]
+        raise DataError(f'the label of item {i} is {given}, not a whole number; '
                         'number the classes from 0') from None
 
 def _inside(obj):
@@ -209,11 +210,10 @@ class _Part:
         self.columns = _columns(obj) if mapping else (0, 1)
 
     def pair(self, i:int) -> tuple: # image, label
-        item = self.obj[i]
-        image, label = self.columns
-        try: return item[image], item[label]
-        except (TypeError, LookupError):
-            raise DataError(f'item {i} is a {type(item).__name__}, not (image, label)') from None
+        item, (image, label) = self.obj[i], self.columns
+        if isinstance(item, Mapping) or isinstance(item, (tuple, list)) and len(item) > 1:
+            return item[image], item[label]
+        raise DataError(f'item {i} is of type {type(item).__name__}, not a pair (image, label)')
 
     def labels(self) -> list[int]:
         if getattr(self.obj, 'features', None): found = list(self.obj[self.columns[1]])
@@ -239,7 +239,7 @@ def _content(obj, i:int) -> str:
     if getattr(obj, '_fingerprint', None): return f'{obj._fingerprint}'
     if hasattr(obj, 'samples') and isinstance(obj.samples[i][0], (str, Path)):
         path = str(obj.samples[i][0])
-        return f"{_below(path, getattr(obj, 'root', ''))} {os.path.getsize(path)}"
+        return f"{below(path, getattr(obj, 'root', ''))} {os.path.getsize(path)}"
     pixels = getattr(obj, 'data', None)
     if pixels is None and getattr(obj, 'tensors', None): pixels = obj.tensors[0]
     if isinstance(pixels, (np.ndarray, torch.Tensor)) and len(pixels) == len(obj):
@@ -256,14 +256,14 @@ class _Objects:
         try: return self.parts[part].picture(int(i))
         except DataError: raise
         except Exception as e: # their code
-            raise DataError(f'cannot read picture {i} of the {part} part ({_said(e, 200)})') from e
+            raise DataError(f'cannot read picture {i} of the {part} part ({said(e, 200)})') from e
 
     def mark(self, path:str) -> str:
         part, i = path.split('/')
         try: return f'{part} {self.parts[part].mark(int(i))}'
         except DataError: raise
         except Exception as e: # their code
-            raise DataError(f'cannot read pictures of the {part} part ({_said(e, 200)})') from e
+            raise DataError(f'cannot read pictures of the {part} part ({said(e, 200)})') from e
 
 def _parts(obj, test) -> dict[str, object]:
     "The objects by part, each with items by number. Raises DataError"
@@ -278,8 +278,8 @@ def _parts(obj, test) -> dict[str, object]:
     for name, part in parts.items():
         if not (hasattr(part, '__len__') and hasattr(part, '__getitem__')):
             kind = type(part).__name__
-            raise DataError(f'the {name} part is a {kind}, which gives no item by its number; '
-                            'give a data set with __len__ and __getitem__')
+            raise DataError(f'the {name} part is of type {kind}, which gives no item by its '
+                            'number; give a data set with __len__ and __getitem__')
         if not len(part): raise DataError(f'the {name} part has no pictures')
     return parts
 
@@ -302,14 +302,14 @@ def as_dataset(
         raise DataError(f"'{obj.name}' has class names of its own; leave classnames out")
     objects = _parts(obj, test)
     own = {part: _class_names(o) for part, o in objects.items()}
-    said = [names for names in own.values() if names]
-    if any(names != said[0] for names in said):
+    known = [names for names in own.values() if names]
+    if any(names != known[0] for names in known):
         raise DataError('the parts call their classes differently; give parts of one data set')
     name = name or _name(objects['train'])
-    if classnames is None and not said:
+    if classnames is None and not known:
         raise DataError(f"'{name}' does not say what its classes are called; "
                         'give classnames=[...], in order of the labels')
-    names = said[0] if classnames is None else [words(str(c)) for c in classnames]
+    names = known[0] if classnames is None else [words(str(c)) for c in classnames]
     parts = {part: _Part(o) for part, o in objects.items()}
     items = {part: _items(part, parts[part]) for part in parts}
     return DataSet(name, names, items['train'], items.get('test', []), val=items.get('val', []),
