@@ -7,7 +7,7 @@ __all__ = ['NEEDS', 'assets', 'missing', 'Backbone', 'build_backbone', 'nearest'
 
 # %% ../nbs/01_backbone.ipynb #01-003
 import difflib, hashlib, json, zipfile
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import open_clip
@@ -131,6 +131,11 @@ def _fingerprint(model:nn.Module) -> str: # 16 hex digits
     return h.hexdigest()[:16]
 
 # %% ../nbs/01_backbone.ipynb #01-017
+@lru_cache
+def _clip_tokenizer(context_length:int) -> open_clip.SimpleTokenizer:
+    "Reading its list of 48,895 merges takes longer than building a small CLIP"
+    return open_clip.SimpleTokenizer(context_length=context_length)
+
 class Backbone:
     "A frozen CLIP with its tokenizer, transforms' constants and sizes"
     def __init__(self,
@@ -145,7 +150,7 @@ class Backbone:
         self.name, self.model = name, model.eval().requires_grad_(False)
         self.visual, self.text = model.visual, getattr(model, 'text', model)
         self._measure()
-        self.tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=self.context_length)
+        self.tokenizer = tokenizer or _clip_tokenizer(self.context_length)
         _check_tokenizer(self)
         self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
         self.pretrained = self.precision = self.cache = None  # set by `load_backbone`
@@ -189,6 +194,8 @@ class Backbone:
         self.model.to(*args, **kwargs)
         if self.dtype != before: self.__dict__.pop('fingerprint', None)  # rounded: other weights
         return self
+
+    def __deepcopy__(self, memo) -> 'Backbone': return self  # frozen: copies of a learner share it
 
     def autocast(self) -> torch.autocast:
         "What the frozen towers run in: half precision if `precision` asks for it"

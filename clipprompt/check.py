@@ -6,9 +6,11 @@
 __all__ = ['CHECKS', 'Golden', 'small_clip', 'ContractError', 'check_learner']
 
 # %% ../nbs/08_check.ipynb #08-003
-import json, random, warnings
+import copy, json, random, warnings
 from collections import defaultdict
 from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,12 +19,15 @@ import numpy as np
 import open_clip
 import pandas as pd
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from .backbone import Backbone, build_backbone
+from .data import DataSet, Item, test_transform
 from .learner import Classifier, PromptLearner, Recipe, read_prompts
+from .towers import TextTower, VisionTower
 
 # %% ../nbs/08_check.ipynb #08-005
 class Golden:
@@ -50,7 +55,7 @@ class Golden:
         "The images and labels of a step"
         images = self.tensors['batch.images'][step].to(self.dtype)
         labels = self.tensors['batch.labels'][step].long()
-        beside = {'frozen': lambda: Classifier.image_features(learner, images),
+        beside = {'frozen': lambda: learner.frozen_image(images),
                   'domains': lambda: self.tensors['batch.domains'][step].long()}
         reads = learner.reads if learner else ()
         return images, labels, *(beside[what]() for what in reads)
@@ -120,10 +125,10 @@ def _every_step(golden, learner, params, where, inject) -> dict[str, float]:
         inject(learner, step)
         batch = golden.batch(step, learner)
         for term, value in learner.loss_terms(*batch).items(): terms[term].append(value.detach())
-        losses.append(learner.training_step(batch, opt))
+        losses.append(torch.as_tensor(learner.training_step(batch, opt)))
         for name, (ours, at) in where.items():
             trace[name].append(params[ours][at].detach().clone())
-    errors = golden.error('loss_trace', torch.tensor(losses, dtype=torch.float64))
+    errors = golden.error('loss_trace', torch.stack(losses).double())
     for term, values in terms.items():
         errors |= golden.error(f'loss_trace_{term}', torch.stack(values))
     for name, values in trace.items():
@@ -207,6 +212,21 @@ def _values(module) -> dict[str, Tensor]:
 def _differ(a:dict, b:dict) -> list[str]:
     return [k for k in {**a, **b} if k not in a or k not in b or not torch.equal(a[k], b[k])]
 
+# %% ../nbs/08_check.ipynb #08-022a
+class _Drawn:
+    "Pictures of coloured noise; the path is the seed"
+    def __call__(self, path:str) -> Image.Image:
+        pixels = np.random.default_rng(int(path)).integers(0, 256, (16, 16, 3), np.uint8)
+        return Image.fromarray(pixels)
+
+    def mark(self, path:str) -> str: return path
+
+def _small_data(classnames:list[str], template='a drawing of a {}.') -> DataSet:
+    "Two pictures of each class to train on, one to test on"
+    def items(first, n): return [Item(str(first+i), i % len(classnames)) for i in range(n)]
+    C = len(classnames)
+    return DataSet('drawn', classnames, items(0, 2*C), items(2*C, C), template, _Drawn())
+
 # %% ../nbs/08_check.ipynb #08-022
 class _Trial:
     "A learner class with hyper-parameters, and something to try it on"
@@ -220,6 +240,14 @@ class _Trial:
         g = torch.Generator().manual_seed(0)
         self.images = torch.randn(8, 3, 16, 16, generator=g, dtype=torch.float64)
         self.labels = torch.arange(8) % 7
+        self.data = _small_data(self.names)
+        self.prepares = cls.prepare is not PromptLearner.prepare
+        self.steps = getattr(cls.recipe(), 'epochs', 1) > 0   # is anything trained step by step?
+
+    @cached_property
+    def clip32(self) -> Backbone:
+        "Another one, for pictures and files"
+        return small_clip(torch.float32)
 
     def make(self, names=None, clip=None, moved:int=1, **changed) -> PromptLearner:
         "A learner in eval mode; `moved` seeds what is added to its start, 0 leaves the start"
@@ -229,26 +257,39 @@ class _Trial:
         if moved: _move(learner, moved)
         return learner
 
+    @cached_property
+    def _prepared(self) -> PromptLearner:
+        learner = self.make(clip=self.clip32, moved=0)
+        learner.prepare(self.data)
+        return learner
+
+    def ready(self, moved:int=1) -> PromptLearner:
+        "A learner that has seen its data, as `fit` would train it"
+        if not self.prepares: return self.make(moved=moved)
+        learner = self.cls(self.clip, self.names, **self._prepared.hparams)
+        learner.load_state_dict(self._prepared.state_dict())
+        learner = learner.to(self.clip.dtype).eval()
+        if moved: _move(learner, moved)
+        return learner
+
     def learner(self) -> PromptLearner:
         "One that training changes step by step"
-        learner = self.make()
-        if not list(learner.parameters()): raise _Skip('it has no parameters')
-        if hasattr(learner, 'solve'): raise _Skip('`solve` trains it')
-        return learner
+        if not list(self.make().parameters()): raise _Skip('it has no parameters')
+        if not self.steps: raise _Skip('it is not trained by steps: its recipe has no epochs')
+        return self.ready()
 
     def logits(self, learner, images=None) -> Tensor:
         with torch.no_grad(): return learner.eval()(self.images if images is None else images)
 
     def batch(self, learner, images=None) -> tuple[Tensor, ...]:
         images = self.images if images is None else images
-        beside = {'frozen': Classifier.image_features(learner, images),
-                  'domains': torch.arange(8) % 3}
+        beside = {'frozen': learner.frozen_image(images), 'domains': torch.arange(8) % 3}
         return images, self.labels, *(beside[what] for what in learner.reads)
 
     def loss(self, learner) -> Tensor:
         with _seeded(): return learner.train().loss(*self.batch(learner))
 
-    def train(self, learner, steps:int=3, lr:float=.002) -> list[float]:
+    def train(self, learner, steps:int=3, lr:float=.002) -> list: # what its steps return
         params = learner.train().parameters()
         opt = torch.optim.SGD(params, lr, momentum=.9, weight_decay=5e-4)
         def step(): return learner.training_step(self.batch(learner), opt)
@@ -258,6 +299,19 @@ class _Trial:
 def _move(learner, seed:int):
     g = torch.Generator().manual_seed(seed)
     for p in learner.parameters(): p += .1*torch.randn(p.shape, generator=g).to(p)
+
+# %% ../nbs/08_check.ipynb #08-023b
+def _must_be_a_line(e:Exception, what:str):
+    _must(str(e).strip() and '\n' not in str(e), f'{what}: the message is not one line',
+          'say in one line what was given and what to do')
+
+def _refused(call, what:str):
+    "ValueError of one line, or it is broken"
+    cure = 'raise ValueError with cause and cure in one line'
+    try: call()
+    except ValueError as e: _must_be_a_line(e, what)
+    except Exception as e: _must(False, f'{what} ends in {type(e).__name__}: {e}', cure)
+    else: _must(False, f'{what} is accepted', cure)
 
 # %% ../nbs/08_check.ipynb #08-024
 def _as_json(values:dict) -> dict: return json.loads(json.dumps(values))
@@ -278,6 +332,27 @@ def _rebuild(t):
     again = t.cls(t.clip, t.names, **_as_json(held)).to(t.clip.dtype)
     _none(_differ(_values(learner), _values(again)), 'built again from hparams, {} differ',
           'let the start depend on hparams alone')
+
+# %% ../nbs/08_check.ipynb #08-024c
+def _number_of_tokens(t):
+    """`n_ctx` holds when it is given: so many tokens are learned, or it is refused in one line
+
+    for 1 and 6, whatever the other arguments are
+    """
+    if 'n_ctx' not in t.make().hparams: return
+    shapes = {}
+    for n in (1, 6):
+        try: learner = t.make(n_ctx=n)
+        except ValueError as e: return _must_be_a_line(e, f'n_ctx={n}')
+        held = learner.hparams.get('n_ctx')
+        _must(held == n, f'n_ctx={n} is given, hparams has {held!r}', 'keep what was given')
+        t.logits(learner, t.images[:1])   # as many slots in the sentences?
+        shapes[n] = [p.shape for p in learner.parameters()]
+    sizes = [pair for a, b in zip(*shapes.values()) for pair in zip(a, b)]
+    grown = {(a, b) for a, b in sizes if a != b}
+    _must(grown and all(b == 6*a for a, b in grown),
+          f'with n_ctx=1 and n_ctx=6 the sizes of parameters differ as {sorted(grown)}',
+          'learn n_ctx tokens, as `word_start` does, or raise ValueError where they cannot be')
 
 # %% ../nbs/08_check.ipynb #08-026
 def _parameters(t):
@@ -340,9 +415,9 @@ def _seed(t):
         one, two = (_values(t.make(moved=0, seed=seed, **noise)) for seed in (1, 2))
         _must(_differ(one, two), 'seeds 1 and 2 give the same start',
               'use `seed` where the parameters are drawn')
-    t.learner()
+    a, b = (t.learner() for _ in range(2))
     before = _generators()
-    x, y = t.train(a), t.train(b)
+    x, y = ([float(loss) for loss in t.train(learner)] for learner in (a, b))
     _must(x == y, f'two runs alike have losses {x} and {y}',
           "draw from a generator seeded with `seed`, or from torch's")
     used = _used(before)
@@ -584,8 +659,8 @@ def _finite_differences(t):
 # %% ../nbs/08_check.ipynb #08-044
 def _frozen(t):
     "Three steps of training leave every weight of CLIP as it was, frozen and in eval mode"
-    learner = t.make().train()
-    if list(learner.parameters()) and not hasattr(learner, 'solve'): t.train(learner)
+    learner = t.ready().train()
+    if list(learner.parameters()) and t.steps: t.train(learner)
     else: t.loss(learner)
     clip, cure = t.clip.model, 'CLIP is shared by all learners: read it, never write to it'
     _none(_differ(t.frozen, _values(clip))[:3], "training changes CLIP's {}", cure)
@@ -594,26 +669,28 @@ def _frozen(t):
     _must(not any(m.training for m in clip.modules()), 'CLIP is in training mode', cure)
 
 def _training_step(t):
-    """`training_step` returns the loss before the update as a float and changes every parameter
+    """`training_step` returns the loss before the update, a detached scalar on its device
 
-    what is left of a run is in the parameters
+    it changes every parameter; what is left of a run is in the parameters
     """
     learner = t.learner()
-    want, before = t.loss(t.make()).item(), _values(learner)
+    want, before = t.loss(t.ready()).item(), _values(learner)
     loss = t.train(learner, 1)[0]
-    _must(isinstance(loss, float) and abs(loss-want) <= 1e-9*max(1, abs(want)),
-          f'training_step returns {loss}, the loss before it is {want}',
-          'return loss.item() of the loss that was minimised')
+    cure = 'return loss.detach() of the loss that was minimised'
+    _must(isinstance(loss, Tensor) and loss.ndim == 0 and not loss.requires_grad,
+          f'training_step returns {loss!r:.60}', f'{cure}; a float makes a GPU wait in each step')
+    _must(abs(loss.item()-want) <= 1e-9*max(1, abs(want)),
+          f'training_step returns {loss.item()}, the loss before it is {want}', cure)
     same = before.keys() - set(_differ(before, _values(learner)))
     _none(sorted(same), '{} is not changed',
           'call optimizer.zero_grad(), backward and optimizer.step()')
-    twin = t.make()
+    twin = t.ready()
     for p in twin.parameters(): p.grad = torch.ones_like(p)
     t.train(twin, 1)
     _none(_differ(_values(learner), _values(twin)), 'an old gradient goes into the update of {}',
           'call optimizer.zero_grad() before backward')
     t.train(learner)
-    fresh = t.make(moved=0)
+    fresh = t.ready(moved=0)
     fresh.load_state_dict(learner.state_dict())
     _must(t.loss(fresh) == t.loss(learner),
           'a new learner with the trained parameters has another loss',
@@ -622,33 +699,46 @@ def _training_step(t):
 
 # %% ../nbs/08_check.ipynb #08-046
 def _learns(t):
-    "Ten steps (or `solve`) on one batch lower the loss, and the cross-entropy of the predictions"
+    "Ten steps (or `prepare`) on one batch lower the loss, and the cross-entropy of the predictions"
     if not list(t.make().parameters()): raise _Skip('it has no parameters')
-    def score(learner): # loss, cross-entropy
-        return t.loss(learner).item(), F.cross_entropy(t.logits(learner), t.labels).item()
-    for share in (1, .1, .01):
-        learner = t.make()
-        loss, ce = score(learner)
-        if hasattr(learner, 'solve'):
-            with torch.no_grad(): learner.solve(learner.image_features(t.images), t.labels)
-        else: t.train(learner, 10, t.cls.recipe().lr*share)
-        loss_after, ce_after = score(learner)
-        if loss_after < loss and ce_after < ce: return
+    if not t.steps and not t.prepares: raise _Skip('nothing trains it: no epochs, no `prepare`')
+    seen = _by_steps(t) if t.steps else [_by_data(t)]
+    for before, after in seen:
+        if all(a < b for b, a in zip(before, after)): return
+    (loss, ce), (loss_after, ce_after) = before, after
     _must(False, f'loss {loss:.4g} -> {loss_after:.4g}, cross-entropy {ce:.4g} -> {ce_after:.4g}',
           'look at the sign of the loss and at which logits it uses')
 
+def _by_steps(t):
+    "Loss and cross-entropy before and after ten steps, for three rates"
+    def score(learner):
+        return t.loss(learner).item(), F.cross_entropy(t.logits(learner), t.labels).item()
+    for share in (1, .1, .01):
+        learner = t.ready()
+        before = score(learner)
+        t.train(learner, 10, t.cls.recipe().lr*share)
+        yield before, score(learner)
+
+@torch.no_grad()
+def _by_data(t):
+    "The same before and after `prepare`, on its data"
+    pictures = t.data.pictures('train', test_transform(t.clip32))
+    images, labels = torch.stack([pictures[i][0] for i in range(len(pictures))]), pictures.labels
+    learner = t.make(clip=t.clip32)
+    def score(): return (learner.loss(images, labels).item(),
+                         F.cross_entropy(learner(images), labels).item())
+    before = score()
+    learner.prepare(t.data)
+    return before, score()
+
 def _not_finite(t):
-    "A loss that is not finite raises FloatingPointError and leaves the parameters alone"
+    "A loss that is not finite is returned as it is, or raises FloatingPointError: `fit` stops at it"
     learner = t.learner()
     for p in learner.parameters(): p.data.view(-1)[0] = torch.nan
-    def values(): return {k: v.nan_to_num(7.) for k, v in _values(learner).items()}
-    before = values()
-    try: t.train(learner, 1)
-    except FloatingPointError: pass
-    else: _must(False, 'a NaN goes through training_step',
-                'raise FloatingPointError before the update, or call super().training_step')
-    _none(_differ(before, values()), 'a step with a NaN changes {}',
-          'look at the loss before optimizer.step()')
+    try: loss = t.train(learner, 1)[0]
+    except FloatingPointError: return
+    _must(not torch.as_tensor(loss).isfinite(), f'with a NaN training_step returns {float(loss):g}',
+          'return the loss that was minimised, or call super().training_step')
 
 # %% ../nbs/08_check.ipynb #08-047
 def _half_precision(t):
@@ -672,6 +762,80 @@ def _half_precision(t):
     _must(kinds == {'float32'},
           f"loss, parameters and gradients in bf16 are {' and '.join(sorted(kinds))}",
           'cast nothing by hand; the towers return float32')
+
+# %% ../nbs/08_check.ipynb #08-047c
+def _prepare(t):
+    """`prepare` works in place, and what it takes is in `hparams` and in the parameters
+
+    it fills in what is None and overrides nothing, needs no generator, and can be repeated
+    """
+    if not t.prepares: return
+    learner = t.make(clip=t.clip32, moved=0)
+    given, before = dict(learner.hparams), _generators()
+    result = learner.prepare(t.data)
+    _must(result is None, f'prepare returns {result!r:.60}', 'change self, and return nothing')
+    used = _used(before)
+    _must(not used, f"prepare uses {used}'s global generator", 'draw from one of its own')
+    took = [k for k, v in learner.hparams.items() if given.get(k) != v]
+    _none([k for k in took if given.get(k) is not None], 'prepare overrides {}, which was given',
+          'fill in only what is None')
+    again = t.cls(t.clip32, t.names, **_as_json(learner.hparams)).eval()
+    again.load_state_dict(learner.state_dict())
+    x = t.images.float()
+    _must(torch.equal(t.logits(again, x), t.logits(learner, x)),
+          'built from hparams and parameters, a prepared learner predicts otherwise',
+          'record in self.hparams what prepare takes from the data')
+    _prepare_again(t, again, took)
+
+def _prepare_again(t, learner, took:list[str]):
+    "On other data, as somebody would who gives what the first data gave"
+    held = {k: learner.hparams[k] for k in took}
+    learner.prepare(replace(_small_data(t.names, 'an icon of a {}.'), name='other'))
+    _none([k for k in took if learner.hparams[k] != held[k]], 'prepare overrides {}, which was given',
+          'fill in only what is None')
+
+# %% ../nbs/08_check.ipynb #08-047e
+def _copies(t):
+    "A deep copy has parameters of its own, predicts the same and shares CLIP"
+    learner, memo = t.make(), {}
+    other, clip = copy.deepcopy(learner, memo), t.clip.model
+    theirs = [*clip.named_parameters(), *clip.named_buffers()]
+    copied = [n for n, v in theirs if memo.get(id(v), v) is not v]
+    _none(copied[:3], "copy.deepcopy copies CLIP's {}",
+          'leave __deepcopy__ to the base class, and reach CLIP through self.backbone')
+    _must(other.backbone is learner.backbone, 'copy.deepcopy copies the backbone',
+          'leave __deepcopy__ to the base class')
+    mine = dict(learner.named_parameters())
+    shared = [n for n, p in other.named_parameters() if p.data_ptr() == mine[n].data_ptr()]
+    _none(shared, '{} is the same memory in a deep copy', 'leave __deepcopy__ to the base class')
+    _must(torch.equal(t.logits(other), t.logits(learner)), 'a deep copy predicts otherwise',
+          'leave __deepcopy__ to the base class')
+
+def _moves(t):
+    "`to(device)` takes everything along: parameters, CLIP, token ids and what else it holds"
+    learner = t.make(clip=small_clip())
+    t.logits(learner)
+    learner.to('meta')
+    _must(learner.backbone.device.type == 'meta', 'learner.to(device) leaves CLIP behind',
+          'call super()._apply where you override it')
+    behind = [n for n, v in _tensors(learner, {id(learner.backbone)}) if v.device.type != 'meta']
+    _none(behind[:3], 'learner.to(device) leaves {} behind',
+          'keep token ids in Sentences and other tensors in buffers with persistent=False')
+
+def _tensors(x, seen:set, name:str='self'):
+    "All tensors that an object holds, with their names; not what it caches under a _name"
+    if id(x) in seen or isinstance(x, (str, TextTower, VisionTower)): return
+    seen.add(id(x))
+    if isinstance(x, Tensor): yield name, x
+    elif isinstance(x, dict):
+        for k, v in x.items(): yield from _tensors(v, seen, f'{name}[{k!r}]')
+    elif isinstance(x, (list, tuple)):
+        for i, v in enumerate(x): yield from _tensors(v, seen, f'{name}[{i}]')
+    elif hasattr(x, '__dict__') and not isinstance(x, type):
+        held = dict(vars(x))
+        for part in ('_parameters', '_buffers', '_modules'): held |= held.get(part) or {}
+        for k, v in held.items():
+            if not k.startswith('_'): yield from _tensors(v, seen, f'{name}.{k}')
 
 # %% ../nbs/08_check.ipynb #08-049
 def _save_and_load(t):
@@ -706,28 +870,25 @@ def _save_and_load(t):
 
 # %% ../nbs/08_check.ipynb #08-051
 def _recipe(t):
-    "`recipe` gives a Recipe with its source for each setting"
-    t.learner()
-    for setting, shots, data in (('few-shot', 1, ''), ('few-shot', 16, 'imagenet'),
-                                 ('base-to-new', 16, '')):
-        r = t.cls.recipe(setting, shots, data)
-        _must(isinstance(r, Recipe) and r.lr > 0 and r.epochs > 0 and r.batch_size > 0,
-              f'recipe({setting!r}) is {r!r}', 'return a Recipe')
-        _must(r.source, 'the recipe has no source',
+    """`recipe` gives a Recipe with its source for each setting, `budget` one for two CPU cores
+
+    its arguments (`cpu_hparams`) are the constructor's
+    """
+    if not list(t.make().parameters()): raise _Skip('it has no parameters')
+    settings = ('few-shot', 1, ''), ('few-shot', 16, 'imagenet'), ('base-to-new', 16, '')
+    recipes = {f'recipe{s}': t.cls.recipe(*s) for s in settings}
+    for call, r in (recipes | {'budget()': t.cls.budget()}).items():
+        _must(isinstance(r, Recipe), f'{call} is {r!r}', 'return a Recipe')
+        if not r.epochs: continue   # nothing is trained by steps
+        _must(r.lr > 0, f'the learning rate of {call} is {r.lr}', 'give one above 0')
+        _must(r.source, f'{call} has no source',
               "say where the numbers come from: Recipe(..., source='...'); "
               'your own experience is a source')
         _must(not (r.views and t.cls.learns_image),
               'the recipe keeps image features (views) that are learned', 'set views=None')
-
-def _refused(call, what:str):
-    "ValueError of one line, or it is broken"
-    cure = 'raise ValueError with cause and cure in one line'
-    try: call()
-    except ValueError as e:
-        _must(str(e).strip() and '\n' not in str(e), f'{what}: the message is not one line',
-              'say in one line what was given and what to do')
-    except Exception as e: _must(False, f'{what} ends in {type(e).__name__}: {e}', cure)
-    else: _must(False, f'{what} is accepted', cure)
+        _must(Recipe(**_as_json(asdict(r))) == r, f'JSON changes {call}', 'give plain numbers')
+    try: t.cls(t.clip, t.names, **t.cls.cpu_hparams)
+    except TypeError as e: _must(False, f'cpu_hparams: {e}', 'name arguments of the constructor')
 
 # %% ../nbs/08_check.ipynb #08-051b
 def _bad_input(t):
@@ -753,10 +914,11 @@ def _bad_input(t):
           'keep a column for each name')
 
 # %% ../nbs/08_check.ipynb #08-053
-_ALL = [_logits, _random_state, _rebuild, _parameters, _class_list, _repeats, _gradients,
-        _finite_differences, _fast_path, _frozen, _seed, _batch_independence, _class_order,
-        _underscores, _flags, _features, _other_classes, _training_step, _learns, _not_finite,
-        _half_precision, _save_and_load, _recipe, _bad_input]
+_ALL = [_logits, _random_state, _rebuild, _number_of_tokens, _parameters, _class_list, _repeats,
+        _gradients, _finite_differences, _fast_path, _copies, _moves, _prepare, _frozen, _seed,
+        _batch_independence, _class_order, _underscores, _flags, _features, _other_classes,
+        _training_step, _learns, _not_finite, _half_precision, _save_and_load, _recipe,
+        _bad_input]
 CHECKS = {f.__name__[1:].replace('_', ' '): f for f in _ALL}  # the docstring is the promise
 
 def _outcome(t, name:str, check) -> str:

@@ -21,7 +21,7 @@ from .backbone import Backbone, nearest
 from .data import DataSet
 from .files import keep, write_safely
 from .hub import local_prompts, push
-from .prompts import Sentences, clean_names
+from .prompts import Sentences, clean_names, settled
 from .towers import TextTower, VisionTower
 
 # %% ../nbs/05_learner.ipynb #05-015
@@ -284,7 +284,8 @@ class PromptLearner(_Trainable):
         meta, state = read_prompts(path)
         _must_belong(path, meta, cls.method, backbone)
         try:
-            learner = cls(backbone, meta['classnames'], **meta['hparams'])
+            hparams = settled(backbone, meta['hparams'], state)
+            learner = cls(backbone, meta['classnames'], **hparams)
             for t in state.values(): learner.to(t.dtype)
             learner.load_state_dict(state)
         except (TypeError, RuntimeError):

@@ -285,9 +285,16 @@ class MAPDAFE(PromptLearner):
             self.sentences = place(backbone, self.classnames, n, words=phrase)
             return
         s = Sentences.of(backbone, [f'a photo of a {c}.' for c in self.classnames])
-        self.reading = Reading(self.text, s, h['text'], h['p2p'])
+        self.sentences, self.reading = s, Reading(self.text, s, h['text'], h['p2p'])
         if h['start'] == 'eot' and h['text'] != 'read_eot':
             tokens[0] = around(backbone.embed(s.ids[0, s.eot[0]]), n, h['noise'], h['seed'])
+
+    def _apply(self, fn, recurse=True):
+        "To another device: what reads the sentences follows them"
+        super()._apply(fn, recurse)
+        if hasattr(self, 'reading') and self.reading.eot.device != self.sentences.eot.device:
+            self.reading = Reading(self.text, self.sentences, self.reading.text, self.reading.p2p)
+        return self
 
     def text_features(self) -> Tensor: # [C, E], unit rows
         if not self.learns_text: return super().text_features()

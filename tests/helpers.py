@@ -59,6 +59,7 @@ class Result:
         return [
             l for l in lines if l.strip()
             and not re.search(r'\d+(/\d+)? ?(run|epoch|batch|\[\d\d:)', l) and ' on cpu, ' not in l
+            and not re.search(r'\b(run|epoch) \d+ of \d+, ', l)
         ]
 
 

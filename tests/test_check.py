@@ -4,6 +4,7 @@ wrong on purpose.
 Methods are found by looking into all modules, so a new chapter is under test without a change
 here.
 """
+import copy
 import importlib
 import json
 import pkgutil
@@ -33,15 +34,19 @@ METHODS = {
     if isinstance(c, type) and issubclass(c, PromptLearner) and c is not PromptLearner
     and c.__module__ == m.__name__
 }
+WORDS = dict(ctx_init='a photo of a')
 VARIANTS = dict(
-    CoOp=[dict(n_ctx=4, position='middle'), dict(n_ctx=3, position='front'),
-          dict(n_ctx=2, csc=True), dict(ctx_init='a photo of a')],
-    CoCoOp=[dict(n_ctx=2, ctx_init=None)],
+    CoOp=[dict(n_ctx=1, position='middle'), dict(n_ctx=6, position='front'),
+          dict(n_ctx=2, csc=True), WORDS | dict(position='front'), WORDS | dict(csc=True)],
+    CoCoOp=[dict(n_ctx=1), dict(n_ctx=6), dict(n_ctx=2, ctx_init=None)],
     ZeroShot=[dict(templates=['a photo of a {}.', '{}'])],
     VPT=[dict(depth=1)],
-    IVLP=[dict(n_ctx=5, depth_text=1)],
-    MaPLe=[dict(depth=1, ctx_init=None)],
-    MuDPT=[dict(fusion='linear', n_ctx=5), dict(fusion='text_to_vision', depth=1)],
+    IVLP=[dict(n_ctx=6, depth_text=1), dict(n_ctx=1)],
+    MaPLe=[dict(n_ctx=1, depth=1), dict(n_ctx=6), dict(depth=1, ctx_init=None)],
+    MuDPT=[dict(fusion='linear', n_ctx=6), dict(fusion='text_to_vision', depth=1, n_ctx=1)],
+    MetaPrompt=[dict(n_ctx=1), dict(n_ctx=6)], MAPDAFE=[dict(n_ctx=1), dict(n_ctx=6, text='write')],
+    VariationalCoOp=[dict(n_ctx=1), dict(n_ctx=6)],
+    VariationalCoCoOp=[dict(n_ctx=1), dict(n_ctx=6)],
     ProVP=[dict(n_visual=3, alpha=.5)],
     ProVPRef=[dict(n_visual=3, weight=.1)])
 
@@ -57,7 +62,7 @@ def test_method(name, hparams):
     skipped = {k: r for k, r in result.items() if r != 'passed'}
     assert all(r.startswith('skipped: ') for r in skipped.values())
     learner = METHODS[name](small_clip(), ['cat', 'dog'], **hparams)
-    if list(learner.parameters()) and learner.transfers and not hasattr(learner, 'solve'):
+    if list(learner.parameters()) and learner.transfers and learner.recipe().epochs:
         assert not skipped
 
 
@@ -375,7 +380,7 @@ class LossPerImage(Good):
     def training_step(self, batch, optimizer):
         loss = self.loss(*batch).mean()
         optimizer.zero_grad(), loss.backward(), optimizer.step()
-        return loss.item()
+        return loss.detach()
 
 @breaks('finite differences')
 class HalfDetached(Good):
@@ -393,23 +398,30 @@ class SignOfTheGradient(Good):
 class LossAfterTheStep(Good):
     def training_step(self, batch, optimizer):
         super().training_step(batch, optimizer)
-        return self.loss(*batch).item()
+        return self.loss(*batch).detach()
 
 @breaks('training step')
-class ReturnsATensor(Good):
+class ReturnsAFloat(Good):
     def training_step(self, batch, optimizer):
-        return torch.tensor(super().training_step(batch, optimizer))
+        return super().training_step(batch, optimizer).item()
+
+@breaks('training step')
+class ReturnsItsGraph(Good):
+    def training_step(self, batch, optimizer):
+        loss = self.loss(*batch)
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        return loss
 
 @breaks('training step')
 class AddsUpGradients(Good):
     def training_step(self, batch, optimizer):
         loss = self.loss(*batch)
         loss.backward(), optimizer.step()
-        return loss.item()
+        return loss.detach()
 
 @breaks('training step')
 class ForgetsToStep(Good):
-    def training_step(self, batch, optimizer): return self.loss(*batch).item()
+    def training_step(self, batch, optimizer): return self.loss(*batch).detach()
 
 @breaks('training step')
 class CountsItsSteps(Good):
@@ -429,20 +441,95 @@ class LabelsOffByOne(Good):
     def loss(self, images, labels): return super().loss(images, (labels+1) % len(self.classnames))
 
 @breaks('not finite')
-class SwallowsNaN(Good):
+class HidesNaN(Good):
     def training_step(self, batch, optimizer):
-        loss = self.loss(*batch)
-        optimizer.zero_grad(), loss.backward()
-        if loss.isfinite(): optimizer.step()
-        return loss.item()
+        return super().training_step(batch, optimizer).nan_to_num()
 
-@breaks('not finite')
-class NoticesNaNTooLate(Good):
-    def training_step(self, batch, optimizer):
-        loss = self.loss(*batch)
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-        if not loss.isfinite(): raise FloatingPointError('the loss is not finite')
-        return loss.item()
+@breaks('copies')
+class HoldsAPartOfClip(Good):
+    def build(self, *args):
+        super().build(*args)
+        self.borrowed = [self.backbone.text.transformer]
+
+@breaks('copies')
+class CopiesNothing(Good):
+    def __deepcopy__(self, memo):
+        made = type(self)(self.backbone, self.classnames, **self.hparams)
+        made.ctx = self.ctx
+        return made.train(self.training)
+
+@breaks('moves')
+class KeepsATensorAside(Good):
+    def build(self, *args):
+        super().build(*args)
+        self.order = torch.arange(len(self.classnames))
+    def text_features(self): return super().text_features()[self.order]
+
+@breaks('moves')
+class LeavesClipBehind(Good):
+    def _apply(self, fn, recurse=True): return nn.Module._apply(self, fn, recurse)
+
+@breaks('number of tokens')
+class WordsOverrideTheNumber(Good):
+    def build(self, names, n_ctx, seed): super().build(names, 4, seed)
+
+@breaks('number of tokens')
+class ForgetsTheNumber(Good):
+    def __init__(self, backbone, classnames, n_ctx=2, seed=0):
+        super().__init__(backbone, classnames, n_ctx, seed)
+        self.hparams |= dict(n_ctx=2)
+
+@breaks('number of tokens')
+class FewerSlotsThanTokens(Good):
+    def build(self, names, n_ctx, seed):
+        super().build(names, n_ctx, seed)
+        if n_ctx == 6: self.sentences = place(self.backbone, names, 2)
+
+class Templated(Good):
+    "Takes a template from its data, as it should"
+    def __init__(self, backbone, classnames, template=None, n_ctx=2, seed=0):
+        PromptLearner.__init__(self, backbone, classnames, template=template, n_ctx=n_ctx,
+                               seed=seed)
+        self.build(self.classnames, n_ctx, seed)
+    def prepare(self, data):
+        if self.hparams['template'] is None: self.hparams['template'] = data.template
+    def text_features(self):
+        template = self.hparams['template'] or 'a photo of a {}.'
+        frozen = self.frozen_text([template.replace('{}', c) for c in self.classnames])
+        return F.normalize(super().text_features() + frozen, dim=-1)
+
+class Solved(Good):
+    "Its first token is solved from pictures, the other is trained"
+    def prepare(self, data):
+        with torch.no_grad(): self.ctx.tokens[0, 0] = .01*len(data.train)
+
+@breaks('prepare')
+class PreparesAnother(Templated):
+    def prepare(self, data):
+        hparams = self.hparams | dict(template=data.template)
+        return type(self)(self.backbone, self.classnames, **hparams)
+
+@breaks('prepare')
+class RecordsNothing(Templated):
+    told = None
+    def prepare(self, data): self.told = data.template
+    def text_features(self):
+        self.hparams, mine = self.hparams | dict(template=self.told), self.hparams
+        f = super().text_features()
+        self.hparams = mine
+        return f
+
+@breaks('prepare')
+class KnowsBetter(Templated):
+    def prepare(self, data): self.hparams['template'] = data.template
+
+@breaks('prepare')
+class ChangesANumber(Templated):
+    def prepare(self, data): self.hparams['n_ctx'] = 4
+
+@breaks('prepare')
+class PreparesByChance(Solved):
+    def prepare(self, data): torch.rand(1)
 
 @breaks('half precision')
 class LossInHalfPrecision(Good):
@@ -494,6 +581,14 @@ class KnowsOneSetting(Good):
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset=''):
         return dict(zip(['few-shot'], [Recipe(source='ours')]))[setting]
+
+@breaks('recipe')
+class BudgetsWithoutASource(Good):
+    @classmethod
+    def budget(cls): return Recipe()
+
+@breaks('recipe')
+class SpellsItsArgumentsWrong(Good): cpu_hparams = dict(n_context=4)
 
 @breaks('bad input')
 class CutsNames(Good):
@@ -563,7 +658,7 @@ class TwoPairs(Good):
                          F.normalize(self.vision(images, self.visual_ctx), dim=-1))
 
 
-@pytest.mark.parametrize('cls', [Good, Sampled, TwoPairs])
+@pytest.mark.parametrize('cls', [Good, Sampled, TwoPairs, Templated, Solved])
 def test_no_false_alarm(cls): assert (check_learner(cls).result == 'passed').all()
 
 def test_each_check_can_fail(): assert {p.values[0] for p in BROKEN} == set(CHECKS)

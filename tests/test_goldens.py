@@ -7,6 +7,7 @@ listing the folder and dispatched on `method` and `hparams`, never on file names
 """
 import json
 import os
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,13 @@ from clipprompt.check import Golden
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
 from clipprompt.deep import IVLP, VPT, MaPLe
-from clipprompt.learner import Classifier
 from clipprompt.metaprompt import MetaPrompt
 from clipprompt.mudpt import MuDPT
 from clipprompt.prompts import place
 from clipprompt.provp import ProVP, ProVPRef, provp_template
 from clipprompt.variational import Variational, VariationalCoCoOp, VariationalCoOp
 from clipprompt.zeroshot import ZeroShot
+from helpers import one_line, tiny_clip
 
 FOLDER = Path(os.environ.get('CLIPPROMPT_GOLDENS') or Path(__file__).parent/'goldens')
 CASES = sorted(p.stem for p in FOLDER.glob('*.json'))
@@ -110,6 +111,8 @@ def learner_of(g):
         cls, hparams = Literal, {k: v for k, v in hparams.items() if k != 'dataset'}
         hparams['split'] = 'class' if 'base-to-new' in g.json['method'] else 'domain'
     if issubclass(cls, Variational): hparams['samples'] = hparams.pop('L')
+    # a case without words starts from random vectors
+    if 'ctx_init' in signature(cls).parameters: hparams.setdefault('ctx_init', None)
     assert init <= set(where), f'recorded parameters that are not tested: {init-set(where)}'
     learner = cls(g.backbone, g.json['classnames'], **hparams)
     assert sum(p.numel() for p in learner.parameters()) == g.json['n_trainable']
@@ -147,7 +150,7 @@ def at_the_start(g, learner, where):
     g.start(learner, where)
     injected(g)(learner, 0)
     x = g.batch(0)[0]
-    z = Classifier.image_features(learner, x)
+    z = learner.frozen_image(x)
     if isinstance(learner, Variational):
         mu, logvar = learner.posterior(z)
         errors = g.error('mu_0', mu) | g.error('logvar_0', logvar)
@@ -189,9 +192,10 @@ def test_golden(case, dtype, path):
     learner.text.checkpoint = path == 'checkpoint'
     learner.text.chunk = 2
     if 'tokens.prompt_ids' in g.tensors:  # the placeholder strings, tokenised as the reference did
-        ours = learner.sentences
-        if g.json['hparams'].get('position', 'end') != 'end':
-            ours = place(g.backbone, g.json['classnames'], ours.slots.shape[1])
+        ours, J = learner.sentences, g.json
+        if J['hparams'].get('position', 'end') != 'end':
+            words = J['hparams'].get('ctx_init')
+            ours = place(g.backbone, J['classnames'], ours.slots.shape[1], words=words)
         assert torch.equal(ours.ids, g.tensors['tokens.prompt_ids'].long())
     errors = at_the_start(g, learner, where) | other_modes(g, learner, where)
     errors |= g.replay(learner, where, injected(g))
@@ -227,3 +231,77 @@ def test_there_are_goldens():
     assert CASES, f'no golden cases in {FOLDER}'
     assert {method_of(c)
             for c in CASES} <= set(WHERE) | {'zero-shot CLIP'} or 'CLIPPROMPT_GOLDENS' in os.environ
+
+
+# ---- invariants where nobody recorded anything ---------------------------------------------------
+
+WORDS = 'a photo of a'
+NAMES = ['cat', 'old shopping cart', 'traffic light']
+
+@pytest.fixture(scope='module')
+def clip(): return tiny_clip(dtype=torch.float64)
+
+def images(clip): return torch.randn(2, 3, 32, 32, dtype=clip.dtype,
+                                     generator=torch.Generator().manual_seed(0))
+
+@pytest.mark.parametrize('position', ['middle', 'front'])
+def test_words_at_another_place_are_that_sentence(clip, position):
+    "Before the first step CoOp with words reads the sentence in which the words stand there"
+    learner = CoOp(clip, NAMES, ctx_init=WORDS, position=position).double()
+    said = dict(middle='a photo {} of a.', front='{} a photo of a.')[position]
+    with torch.no_grad():
+        theirs = ZeroShot(clip, NAMES, said).text_features()
+        torch.testing.assert_close(learner.text_features(), theirs, rtol=1e-6, atol=1e-7)
+    learner.loss(images(clip), torch.tensor([0, 2])).backward()
+    assert learner.ctx.tokens.grad.abs().amax(-1).gt(0).all()
+
+
+METHODS = dict(coop=CoOp, cocoop=CoCoOp, ivlp=IVLP, maple=MaPLe, mudpt=MuDPT,
+               variational=VariationalCoOp, conditional=VariationalCoCoOp)
+PART = ('ivlp', 'maple', 'mudpt')   # these may start from the first of more words
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_number_of_tokens_holds(clip, method, tmp_path):
+    "Alone, with noise, with words that have so many; in hparams, in the tokens and after a file"
+    cls = METHODS[method]
+    fits = [dict(n_ctx=1), dict(n_ctx=6), dict(n_ctx=3, ctx_init=None), dict(n_ctx=4),
+            dict(n_ctx=4, ctx_init=WORDS), dict(n_ctx=3, ctx_init='an_icon of')]
+    for given in fits:
+        learner = cls(clip, NAMES, **given).double().eval()
+        assert learner.ctx.tokens.shape[-2] == learner.sentences.slots.shape[1] == given['n_ctx']
+        assert learner.hparams | given == learner.hparams
+    learner.save(tmp_path/'p.safetensors')
+    again = cls.load(tmp_path/'p.safetensors', clip).eval()
+    assert again.hparams == learner.hparams
+    with torch.no_grad():
+        assert torch.equal(again(images(clip)), learner(images(clip)))
+        assert torch.equal(again.for_classes(NAMES[:2])(images(clip)),
+                           learner.for_classes(NAMES[:2])(images(clip)))
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_words_and_number_that_contradict_each_other(clip, method):
+    cls, refused = METHODS[method], [dict(n_ctx=6, ctx_init=WORDS)]
+    if method not in PART: refused.append(dict(n_ctx=2, ctx_init=WORDS))
+    for given in refused:
+        with pytest.raises(ValueError) as e: cls(clip, NAMES, **given)
+        one_line(e, f'n_ctx is {given["n_ctx"]}', '4 tokens', 'choose')
+    usual = 2 if method in PART else 4
+    assert cls(clip, NAMES, ctx_init=WORDS).ctx.tokens.shape[-2] == usual
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_files_of_the_first_edition(clip, method, tmp_path):
+    "They held a number and words that disagree: the words counted, in deep prompts the number"
+    cls, n = METHODS[method], 6 if method in PART else 4
+    from_words = {} if method in PART else dict(ctx_init=WORDS)
+    learner = cls(clip, NAMES, n_ctx=n, **from_words).double().eval()
+    tokens = learner.ctx.tokens.detach().clone()
+    learner.hparams |= dict(n_ctx=6 if method in PART else 16, ctx_init=WORDS)
+    learner.save(tmp_path/'p.safetensors')
+    again = cls.load(tmp_path/'p.safetensors', clip).eval()
+    assert torch.equal(again.ctx.tokens, tokens)
+    assert torch.equal(again.sentences.ids, learner.sentences.ids)
+    with torch.no_grad(): assert torch.equal(again(images(clip)), learner(images(clip)))
+    again.for_classes(['cat']).save(tmp_path/'q.safetensors')
+    assert cls.load(tmp_path/'q.safetensors', clip).hparams == again.hparams

@@ -153,13 +153,10 @@ def test_04_in_coops_slot_prompts_know_nothing_of_the_class(clip, monkeypatch):
     assert differ(seen[0][1][:1], seen[0][1][1:]) > 1e-2
 
 
-@pytest.mark.parametrize('chunk', [None, 2])
-@pytest.mark.parametrize('kw', [dict(p2p=p) for p in map_dafe.P2P] + [
-    dict(text='read_eot', p2p='causal'),
-    dict(text='both'),
-    dict(depth_text=1),
-    dict(gate='conditional')
-])
+@pytest.mark.parametrize('kw,chunk', [
+    (dict(p2p='none'), None), (dict(p2p='self'), 2), (dict(p2p='causal'), None),
+    (dict(p2p='full'), 2), (dict(text='read_eot', p2p='causal'), 2), (dict(text='both'), 2),
+    (dict(text='both'), None), (dict(depth_text=1), 2), (dict(gate='conditional'), None)])
 def test_05_kept_keys_and_values_are_the_full_masked_forward(clip, kw, chunk):
     """Features and gradients; against open_clip's blocks under one mask, and against each class
     written out by hand"""
@@ -262,9 +259,13 @@ def test_11_read_only_prompts_that_are_replaced_are_dead(clip, images, side, kw)
     assert (other.ctx.tokens.grad.abs().amax((1, 2)) > 0).all()
 
 
-@pytest.mark.parametrize('form', ['convex', 'additive'])
-@pytest.mark.parametrize('gate', GATES[:-1])
-@pytest.mark.parametrize('kw', [{}, dict(text='both', vision='read'), dict(text='write')])
+KINDS = ({}, dict(text='both', vision='read'), dict(text='write'))
+
+# every gate with every form, and with every way to read
+@pytest.mark.parametrize('gate,form,kw', [
+    (gate, form, KINDS[(i+j) % 3])
+    for i, gate in enumerate(GATES[:-1]) for j, form in enumerate(('convex', 'additive', 'convex'))
+])
 def test_12_in_between_everything_learns(clip, images, gate, form, kw):
     learner = make(clip, moved=1, gate=gate, form=form, **kw)
     learner.loss(images, torch.arange(4) % 3).backward()

@@ -70,6 +70,10 @@ def test_the_sentence_holds_the_first_words_and_the_whole_name(clip):
     assert all(n in w for n, w in zip(NAMES, words(long)))
     assert long.ctx.tokens.std() < .03
     assert len(long.sentences.slots[0]) == 8
+    # words of several tokens: exactly as many places as there are tokens
+    odd = MuDPT(clip, NAMES, n_ctx=2, ctx_init='pictograms of a')
+    assert len(clip.tokenizer.encode('pictograms of')) > 2
+    assert words(odd)[1] == '<start_of_text>x x key . <end_of_text>'
 
 
 def test_both_directions_read_the_raw_tokens(clip):
@@ -81,20 +85,31 @@ def test_both_directions_read_the_raw_tokens(clip):
     torch.testing.assert_close(image, V + mapped)
 
 
-@pytest.mark.parametrize('n_ctx,depth,counts', [
-    (2, 8, (11_053_568, 1_202_176, 3_556_608)), (4, 9, (11_079_168, 1_227_776, 3_566_848))])
-def test_parameter_counts_of_the_repository(n_ctx, depth, counts):
-    "The three trainers at ViT-B/16, by formula from ours"
-    from clipprompt.mudpt import Injection
-    n = lambda m: sum(p.numel() for p in m.parameters())
-    tokens, t2v, v2t = n_ctx*depth*(512+768), n(Injection(512, 768)), n(Injection(768, 512))
-    linear = 2*(512*768 + 768) + 768*512 + 512
-    assert counts == (tokens+t2v+v2t, tokens+linear, n_ctx*depth*512+t2v)
+def numbers(fusion, n, J, d_t, d_v):
+    "What the authors' trainers learn: tokens, and the maps between the towers"
+    def linear(a, b): return a*b + b
+    def light(d): return 12*d*d + 13*d + 4*d   # a block and two layer norms
+    both, maps = n*J*(d_t+d_v), 2*linear(d_t, d_v) + linear(d_v, d_t)
+    if fusion == 'linear': return both + maps
+    down, up = light(d_t) + linear(d_t, d_v), light(d_v) + linear(d_v, d_t)
+    return n*J*d_t + down if fusion == 'text_to_vision' else both + down + up
+
+@fusions
+@pytest.mark.parametrize('n_ctx,depth', [(None, None), (4, 2), (6, 3)])
+def test_numbers_that_are_learned(clip, fusion, n_ctx, depth):
+    """As many as the repository's three trainers have: the formula that gives theirs at ViT-B/16
+    gives ours at other widths"""
+    at_b16 = dict(transformer=11_053_568, linear=1_202_176, text_to_vision=3_556_608)
+    assert numbers(fusion, 2, 8, 512, 768) == at_b16[fusion]
+    learner = MuDPT(clip, NAMES, n_ctx=n_ctx, depth=depth, fusion=fusion)
+    ours = sum(p.numel() for p in learner.parameters())
+    assert ours == numbers(fusion, n_ctx or 2, depth or 3, clip.text_width, clip.vision_width)
 
 
 @pytest.mark.parametrize('kw,says', [
     (dict(fusion='both'), ["fusion 'both'", 'transformer']), (dict(depth=4), ['depth', '3']),
-    (dict(depth=0), ['depth']), (dict(n_ctx=0), ['at least one'])])
+    (dict(depth=0), ['depth']), (dict(n_ctx=0), ['n_ctx', 'at least 1']),
+    (dict(n_ctx=5, ctx_init='a photo of a'), ['n_ctx is 5', '4 tokens', 'at most 4'])])
 def test_bad_input(clip, kw, says):
     with pytest.raises(ValueError) as e: MuDPT(clip, NAMES, **kw)
     one_line(e, *says)
