@@ -5,6 +5,7 @@ from .cocoop import CoCoOp as CoCoOp
 from .coop import CoOp as CoOp
 from .data import DataSet as DataSet
 from .deep import IVLP as IVLP, VPT as VPT, MaPLe as MaPLe
+from .evaluation import evaluate as evaluate
 from .inference import Prediction as Prediction, predict as predict, predictions as predictions
 from .learner import PromptLearner as PromptLearner, Recipe as Recipe
 from .map_dafe import MAPDAFE as MAPDAFE
@@ -15,7 +16,7 @@ from .protocols import Method as Method
 from .provp import ProVP as ProVP, ProVPRef as ProVPRef
 from .report import compare as compare
 from .sets import as_dataset as as_dataset, load_dataset as load_dataset
-from .training import evaluate as evaluate, fit as fit
+from .training import fit as fit
 from .variational import VariationalCoCoOp as VariationalCoCoOp, VariationalCoOp as VariationalCoOp
 from .zeroshot import BestTemplate as BestTemplate, LinearProbe as LinearProbe
 from .zeroshot import ZeroShot as ZeroShot

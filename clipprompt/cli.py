@@ -29,7 +29,9 @@ from . import __version__
 from .backbone import load_backbone
 from .bench import CASES, bench, speed_table
 from .data import DOMAINS, DataSet
+from .evaluation import evaluate
 from .files import check_writable, write_safely
+from .hooks import Lines, shows_bars
 from .hub import local_prompts
 from .inference import Prediction, listed, predictions
 from .learner import PromptLearner, Recipe, read_prompts
@@ -41,7 +43,7 @@ from .public import PUBLIC
 from .report import compare, plot, table
 from .sets import load_dataset, split_name
 from .sweep import Run, Store, Swept, check_runs, grid, load_run, planned, sweep
-from .training import Lines, evaluate, fit, shows_bars
+from .training import fit
 
 # %% ../nbs/40_cli.ipynb #40-007
 app = typer.Typer(name='clipprompt', no_args_is_help=True, add_completion=False,
