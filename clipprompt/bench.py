@@ -438,10 +438,10 @@ def _scale_rows(items:int, classes:int, threads:int) -> list[dict]:
     cpu, rows = torch.device('cpu'), []
     with tempfile.TemporaryDirectory() as folder:
         for name, step in _road(_empty_files(Path(folder), items), classes).items():
-            start = perf_counter()
-            mb = _high(step, cpu)
-            rows.append(dict(step=name, seconds=perf_counter()-start, mb=mb, items=items,
-                             classes=classes, torch=torch.__version__, version=__version__))
+            took = []
+            mb = _high(lambda: took.append(_timed(step, False)[0]), cpu)
+            rows.append(dict(step=name, seconds=took[0], mb=mb, items=items, classes=classes,
+                             torch=torch.__version__, version=__version__))
     return rows
 
 def bench_scale(

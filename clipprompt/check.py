@@ -228,8 +228,8 @@ def _small_data(classnames:list[str], template='a drawing of a {}.') -> DataSet:
     return DataSet('drawn', classnames, items(0, 2*C), items(2*C, C), template, _Drawn())
 
 # %% ../nbs/08_check.ipynb #08-022
-class _Trial:
-    "A learner class with hyper-parameters, and something to try it on"
+class _Subject:
+    "A learner class with hyper-parameters, and something to look at"
     names = ['camera', 'shopping_cart', 'key', 'umbrella', 'alarm clock', 'fork', 'bed']
     others = ['teapot', 'umbrella', 'bus stop', 'camera']   # two of them are known
 
@@ -240,9 +240,6 @@ class _Trial:
         g = torch.Generator().manual_seed(0)
         self.images = torch.randn(8, 3, 16, 16, generator=g, dtype=torch.float64)
         self.labels = torch.arange(8) % 7
-        self.data = _small_data(self.names)
-        self.prepares = cls.prepare is not PromptLearner.prepare
-        self.steps = getattr(cls.recipe(), 'epochs', 1) > 0   # is anything trained step by step?
 
     @cached_property
     def clip32(self) -> Backbone:
@@ -256,6 +253,27 @@ class _Trial:
         learner = learner.to(clip.dtype).eval()
         if moved: _move(learner, moved)
         return learner
+
+    def logits(self, learner, images=None) -> Tensor:
+        with torch.no_grad(): return learner.eval()(self.images if images is None else images)
+
+@torch.no_grad()
+def _move(learner, seed:int):
+    g = torch.Generator().manual_seed(seed)
+    for p in learner.parameters(): p += .1*torch.randn(p.shape, generator=g).to(p)
+
+# %% ../nbs/08_check.ipynb #08-022c
+class _Trial(_Subject):
+    "The same, trained"
+    def __init__(self, cls, hparams):
+        super().__init__(cls, hparams)
+        self.data = _small_data(self.names)
+        self.prepares = cls.prepare is not PromptLearner.prepare
+
+    @cached_property
+    def steps(self) -> bool:
+        "Is anything trained step by step?"
+        return getattr(self.cls.recipe(), 'epochs', 1) > 0
 
     @cached_property
     def _prepared(self) -> PromptLearner:
@@ -278,9 +296,6 @@ class _Trial:
         if not self.steps: raise _Skip('it is not trained by steps: its recipe has no epochs')
         return self.ready()
 
-    def logits(self, learner, images=None) -> Tensor:
-        with torch.no_grad(): return learner.eval()(self.images if images is None else images)
-
     def batch(self, learner, images=None) -> tuple[Tensor, ...]:
         images = self.images if images is None else images
         beside = {'frozen': learner.frozen_image(images), 'domains': torch.arange(8) % 3}
@@ -294,11 +309,6 @@ class _Trial:
         opt = torch.optim.SGD(params, lr, momentum=.9, weight_decay=5e-4)
         def step(): return learner.training_step(self.batch(learner), opt)
         with _seeded(): return [step() for _ in range(steps)]
-
-@torch.no_grad()
-def _move(learner, seed:int):
-    g = torch.Generator().manual_seed(seed)
-    for p in learner.parameters(): p += .1*torch.randn(p.shape, generator=g).to(p)
 
 # %% ../nbs/08_check.ipynb #08-023b
 def _must_be_a_line(e:Exception, what:str):
@@ -417,7 +427,7 @@ def _seed(t):
               'use `seed` where the parameters are drawn')
     a, b = (t.learner() for _ in range(2))
     before = _generators()
-    x, y = ([float(loss) for loss in t.train(learner)] for learner in (a, b))
+    x, y = ([torch.as_tensor(loss).item() for loss in t.train(learner)] for learner in (a, b))
     _must(x == y, f'two runs alike have losses {x} and {y}',
           "draw from a generator seeded with `seed`, or from torch's")
     used = _used(before)
@@ -731,8 +741,12 @@ def _by_data(t):
     learner.prepare(t.data)
     return before, score()
 
+# %% ../nbs/08_check.ipynb #08-046b
 def _not_finite(t):
-    "A loss that is not finite is returned as it is, or raises FloatingPointError: `fit` stops at it"
+    """A loss that is not finite is returned as it is, so that `fit` finds it
+
+    or raises FloatingPointError
+    """
     learner = t.learner()
     for p in learner.parameters(): p.data.view(-1)[0] = torch.nan
     try: loss = t.train(learner, 1)[0]
@@ -773,7 +787,8 @@ def _prepare(t):
     learner = t.make(clip=t.clip32, moved=0)
     given, before = dict(learner.hparams), _generators()
     result = learner.prepare(t.data)
-    _must(result is None, f'prepare returns {result!r:.60}', 'change self, and return nothing')
+    _must(result is None, f'prepare returns a {type(result).__name__}',
+          'change self, and return nothing')
     used = _used(before)
     _must(not used, f"prepare uses {used}'s global generator", 'draw from one of its own')
     took = [k for k, v in learner.hparams.items() if given.get(k) != v]
@@ -791,8 +806,8 @@ def _prepare_again(t, learner, took:list[str]):
     "On other data, as somebody would who gives what the first data gave"
     held = {k: learner.hparams[k] for k in took}
     learner.prepare(replace(_small_data(t.names, 'an icon of a {}.'), name='other'))
-    _none([k for k in took if learner.hparams[k] != held[k]], 'prepare overrides {}, which was given',
-          'fill in only what is None')
+    changed = [k for k in took if learner.hparams[k] != held[k]]
+    _none(changed, 'prepare overrides {}, which was given', 'fill in only what is None')
 
 # %% ../nbs/08_check.ipynb #08-047e
 def _copies(t):
@@ -811,6 +826,7 @@ def _copies(t):
     _must(torch.equal(t.logits(other), t.logits(learner)), 'a deep copy predicts otherwise',
           'leave __deepcopy__ to the base class')
 
+# %% ../nbs/08_check.ipynb #08-047f
 def _moves(t):
     "`to(device)` takes everything along: parameters, CLIP, token ids and what else it holds"
     learner = t.make(clip=small_clip())
