@@ -46,7 +46,7 @@ def test_a_difference_is_seen(monkeypatch):
 @pytest.mark.stress
 def test_the_command_writes_documented_rows(tmp_path):
     r = works('bench', '--quick', '--cases', 'coop-m16-c1000,vpt-deep', '--repeats', '2',
-              '--device', 'cpu', '--json', tmp_path/'new'/'speed.json')
+              '--device', 'cpu', '--out', tmp_path/'new'/'speed.json')
     rows = json.loads((tmp_path/'new'/'speed.json').read_text())
     assert [row['case'] for row in rows] == ['coop-m16-c1000', 'vpt-deep']
     assert all(row['case'] in r.out for row in rows)
@@ -128,6 +128,6 @@ def test_memory_of_a_killed_process_is_unknown(monkeypatch):
     (['--cases', ','], ['--cases is empty', 'at least one']),
     (['--quick', '--device', 'gpu'], ["device 'gpu'", 'use cpu']),
     (['--precision', 'half'], ["precision 'half'", 'bf16']),
-    (['--json', '/proc/no/speed.json', '--quick'], ['cannot write', 'choose a folder']),
+    (['--out', '/proc/no/speed.json', '--quick'], ['cannot write', 'choose a folder']),
 ])
 def test_errors_of_one_line(args, says): refused('bench', *args, says=says)
