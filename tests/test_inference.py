@@ -15,7 +15,7 @@ from clipprompt.data import test_transform
 from clipprompt.deep import VPT
 from clipprompt.inference import Prediction, find_images, listed, predict, predictions
 from clipprompt.sets import load_dataset
-from clipprompt.training import evaluate
+from clipprompt.evaluation import evaluate
 from helpers import one_line, shapes, tiny_clip
 
 NAMES = ['disc', 'two bars', 'cross', 'ring']

@@ -15,7 +15,8 @@ from clipprompt.metaprompt import MetaPrompt, TwoPairs
 from clipprompt.protocols import Method
 from clipprompt.provp import ProVP, ProVPRef
 from clipprompt.sets import load_dataset
-from clipprompt.training import encode, evaluate, fit
+from clipprompt.evaluation import encode, evaluate
+from clipprompt.training import fit
 from clipprompt.zeroshot import (GAMMAS, BestTemplate, LinearProbe, Templated, ZeroShot, best_gamma,
                                  best_template, logistic_regression)
 from helpers import one_line, shapes, tiny_clip
