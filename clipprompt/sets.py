@@ -19,7 +19,7 @@ from torchvision.datasets import DatasetFolder
 from .backbone import nearest
 from .data import DOMAINS, PICTOGRAMS, DataError, DataNotFound, DataSet, Item, below
 from .data import said, join, open_image, pictograms, template_of, to_rgb, unknown
-from .disk import PARTS, words
+from .disk import words
 from .own import chosen_domains, read_own
 from .public import PUBLIC
 from .readers import read_public
