@@ -320,7 +320,10 @@ DRIVER = '''
 import pickle, sys, ray
 from clipprompt.sweep import sweep
 runs = pickle.loads(sys.stdin.buffer.read())
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+for trial in range(3):   # its first start can time out on a busy machine
+    try: ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    except Exception: ray.shutdown()
+    else: break
 left = sweep(runs, sys.argv[1], backend='ray', progress=False, patience=.1)
 sys.exit(len(left.failed))
 '''
