@@ -329,15 +329,13 @@ def record(
     targets = targets or []
     marks = [mark_of(data, recipe, mark), *(t.fingerprint for t in targets)]
     if method.label: row['learner'] = method.cls.method  # by which its class is found
-    row |= dict(hparams=method.hparams, recipe=asdict(recipe), data=data.origin,
+    made = dict(hparams=method.hparams, recipe=asdict(recipe), data=data.origin,
                 split=data.split or None, targets=[t.origin for t in targets], marks=marks)
-    row = {k: _as_json(v) if k in NESTED else v for k, v in row.items()}
+    row |= json.loads(json.dumps(made))  # as it will be read: lists, no tuples
     run = run_id(method, recipe, protocol_name, marks[0], shots, seed, backbone, marks[1:])
     return row | about_backbone(backbone) | about_machine(backbone.device) | dict(run=run)
 
 # %% ../nbs/07_protocols.ipynb #07-037b
-def _as_json(value): return json.loads(json.dumps(value))  # as it will be read: lists, no tuples
-
 def about_backbone(backbone:Backbone) -> dict:
     "Which weights, and in what precision they compute"
     return dict(backbone=backbone.name, pretrained=backbone.pretrained,
