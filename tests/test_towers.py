@@ -538,7 +538,8 @@ def test_prompt_free_images_equal_open_clip(clips, B):
         x, plain = noise(B, 3, 32, 32, dtype=dtype), VisionTower(clip, plain=True)
         theirs = clip.model.encode_image(x)
         assert torch.equal(plain(x), theirs)
-        for chunk in (None, 1, 4): assert error(VisionTower(clip, chunk=chunk)(x), theirs) < LIMIT[dtype]
+        for chunk in (None, 1, 4):
+            assert error(VisionTower(clip, chunk=chunk)(x), theirs) < LIMIT[dtype]
         with torch.no_grad(): assert torch.equal(plain(x), clip.model.encode_image(x))
     for precision in HALF:
         half = at(clips[F32], precision)
