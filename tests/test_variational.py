@@ -55,11 +55,10 @@ def learner(clip, cls=VariationalCoCoOp, **kw):
     return made
 
 
-@pytest.mark.parametrize('cls', ALL.values(), ids=ALL)
+@pytest.mark.parametrize('cls', [VariationalIVLP, VariationalMuDPT, ConditionalIVLP])
 def test_contract(cls):
-    report = check_learner(cls, samples=2,
-                           **dict(n_ctx=2) if issubclass(cls, VariationalCoOp) else {})
-    assert set(report.result) == {'passed'}, report
+    "Of compositions; the package's own are in test_check"
+    assert set(check_learner(cls, samples=2).result) == {'passed'}
 
 
 # ---- the formulas --------------------------------------------------------------------------------
