@@ -123,8 +123,8 @@ def _types(cls:type) -> dict:
 
 def _type_of(p:Parameter):
     if p.annotation is p.empty:
-        return typing.Any if p.default in (p.empty, None) else type(p.default)
-    return typing.Any if isinstance(p.annotation, str) else p.annotation  # not evaluated
+        return object if p.default in (p.empty, None) else type(p.default)
+    return object if isinstance(p.annotation, str) else p.annotation  # not evaluated
 
 # %% ../nbs/19_methods.ipynb #19-017
 def _is(value, hint) -> bool:
@@ -133,7 +133,7 @@ def _is(value, hint) -> bool:
         return any(_is(value, h) for h in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal: return value in typing.get_args(hint)
     kind = typing.get_origin(hint) or hint
-    if not isinstance(kind, type): return True  # `Any`, or what we can't tell
+    if not isinstance(kind, type) or kind is typing.Any: return True  # who can tell?
     if kind in (int, float) and isinstance(value, bool): return False
     if kind is float: kind = (int, float)
     if kind in (tuple, list): kind = (tuple, list)  # JSON knows one of them

@@ -130,6 +130,7 @@ class Sentences:
 
     def to(self, device) -> 'Sentences':
         "The same on a device, with what is known of them"
+        if self.ids.to(device) is self.ids: return self
         moved = Sentences(self.ids.to(device), self.slots.to(device), self.eot.to(device))
         known = {k: v for k, v in self.__dict__.items() if k in ('shared', 'lengths')}
         moved.__dict__.update(known)

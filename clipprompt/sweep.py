@@ -6,7 +6,7 @@
 __all__ = ['Run', 'planned', 'grid', 'Store', 'Loaded', 'load_run', 'attempt', 'Told', 'Swept', 'check_runs', 'sweep']
 
 # %% ../nbs/19b_sweep.ipynb #22-003
-import hashlib, json, os, socket, time, traceback
+import hashlib, json, os, socket, sys, time, traceback
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from .backbone import Backbone, load_backbone
 from .data import DataSet
 from .files import check_writable, write_safely
+from .hooks import shows_bars
 from .learner import Recipe
 from .methods import find_method
 from .protocols import (Method, apart, draw, mark_of, protocol, read_records, record,
@@ -248,9 +249,17 @@ Outcome = tuple[Run, tuple[str, str|Exception]]   # a run and what `attempt` sai
 def _here(runs:list[Run], out:Path, retries:int, store:Store, patience:float, progress:bool, **_
           ) -> Iterator[Outcome]:
     "One after another, in this process"
-    for run in runs: yield run, attempt(run, out, retries, store, patience, progress)
+    bars = progress and shows_bars()
+    for run in runs: yield run, attempt(run, out, retries, store, patience, bars)
 
 # %% ../nbs/19b_sweep.ipynb #22-021c
+def _installed_ray():
+    try: import ray
+    except ImportError:
+        raise ValueError("Ray is not installed; pip install 'clipprompt[ray]', "
+                         'or run the sweep here (without --ray)') from None
+    return ray
+
 def _join(ray, address:str|None):
     "Join a cluster, or start one on this machine. Raises ValueError where that cannot be done"
     try:
@@ -288,10 +297,7 @@ def _ray(runs:list[Run], out:Path, retries:int, store:Store, patience:float, cpu
     address:str|None, **_
 ) -> Iterator[Outcome]:
     "Each run on a worker of a cluster, as they become free"
-    try: import ray
-    except ImportError:
-        raise ValueError("Ray is not installed; pip install 'clipprompt[ray]', "
-                         'or run the sweep here (without --ray)') from None
+    ray = _installed_ray()
     _join(ray, address)
     _room([n['Resources'] for n in ray.nodes() if n['Alive']], cpus, gpus)
     # Ray's retries are for workers that die, ours for runs that fail
@@ -355,6 +361,7 @@ def sweep(
     if backend == 'ray' and (out is None or backbone is not None):
         raise ValueError("Ray's workers need a folder that they all see, and load the backbone "
                          'themselves; give out=, and name the backbone in the runs')
+    if backend == 'ray': _installed_ray()
     with nullcontext(out) if out else TemporaryDirectory(prefix='clipprompt-') as folder:
         folder = Path(folder).expanduser().absolute()
         check_writable(folder/'records'/'check')
@@ -375,7 +382,7 @@ def _until_all_done(runs:list[Run], out:Path, start, patience:float, progress:bo
                     ) -> tuple[dict, dict]: # run -> its record's file; run -> what went wrong
     "Hand out what is left, again and again while others are at some of it"
     todo, done, errors = list(dict.fromkeys(runs)), {}, {}
-    with tqdm(total=len(todo), unit='run', disable=not progress) as bar:
+    with _Progress(len(todo), progress) as told:
         while todo:
             busy = []
             for run, (state, said) in start(todo):
@@ -384,11 +391,26 @@ def _until_all_done(runs:list[Run], out:Path, start, patience:float, progress:bo
                     continue
                 (done if state == 'done' else errors)[run] = said
                 _tell(out, run, _text_of(said) if state == 'failed' else None)
-                bar.update()
-                bar.set_postfix(failed=len(errors), last=str(run)[-40:], refresh=False)
+                told(run, state, len(errors))
             todo = busy
             if busy: time.sleep(patience)
     return done, errors
+
+class _Progress:
+    "A bar over runs where one can be seen, else a line for each"
+    def __init__(self, total:int, shown:bool):
+        self.bar = tqdm(total=total, unit='run', disable=not (shown and shows_bars()))
+        self.lines, self.total, self.count = shown and not shows_bars(), total, 0
+
+    def __enter__(self): return self
+
+    def __exit__(self, *_): self.bar.close()
+
+    def __call__(self, run:Run, state:str, failed:int):
+        self.count += 1
+        self.bar.update()
+        self.bar.set_postfix(failed=failed, last=str(run)[-40:], refresh=False)
+        if self.lines: print(f'run {self.count} of {self.total}, {state}: {run}', file=sys.stderr)
 
 # %% ../nbs/19b_sweep.ipynb #22-026
 def _tell(out:Path, run:Run, said:str|None):

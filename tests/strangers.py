@@ -38,14 +38,16 @@ class Mine(PromptLearner):
 
 
 class Waits(Mine):
-    """Trains step by step as it is told by the folder $STEPS: says where it is, as a file per step,
-    and goes on when there is a file `go`"""
+    """Takes a step when it may: the n-th, over all processes that share the folder $STEPS, waits
+    for a file `go-n` or `go` there, and says by a file `at-n` that it is waiting"""
     method = 'waits'
 
     def training_step(self, batch, optimizer):
         folder = Path(os.environ['STEPS'])
-        here = folder/f'at-{os.getpid()}-{len(list(folder.iterdir()))}'
-        here.touch()
+        n = len(list(folder.glob('at-*')))
+        (folder/f'at-{n}').write_text(str(os.getpid()))
         end = time.time()+120
-        while not (folder/'go').exists() and time.time() < end: time.sleep(.01)
+        while not ((folder/'go').exists() or (folder/f'go-{n}').exists()):
+            if time.time() > end: raise TimeoutError(f'nobody said go-{n}')
+            time.sleep(.01)
         return super().training_step(batch, optimizer)

@@ -4,7 +4,6 @@ wrong on purpose.
 Methods are found by looking into all modules, so a new chapter is under test without a change
 here.
 """
-import copy
 import importlib
 import json
 import pkgutil

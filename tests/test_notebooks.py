@@ -1,5 +1,5 @@
-"""Every notebook runs, one test each: `pytest -m book`. `NB_FLAGS="slow gpu" pytest -m chapter
--k coop` runs flagged cells too.
+"""Every notebook runs, one test each: `pytest -m book`. With NB_FLAGS="slow gpu", flagged cells run
+too.
 
 The runner is nbdev's own, which honours the flags and needs no Jupyter kernel. Each notebook
 gets a process of its own, as it does with a reader: seeds, default dtypes, patched names and
@@ -38,8 +38,12 @@ def run(nb):
         timeout=None if force else 900)  # a chapter takes three minutes at most
 
 
-@pytest.mark.book
-@pytest.mark.parametrize('nb', NBS, ids=lambda p: p.stem)
+# one short chapter runs with every `pytest`; the others where the whole book does
+SMOKE = '02_prompts'
+CHAPTERS = [pytest.param(nb, id=nb.stem, marks=[] if nb.stem == SMOKE else pytest.mark.book)
+            for nb in NBS]
+
+@pytest.mark.parametrize('nb', CHAPTERS)
 def test_notebook(nb):
     r = run(nb)
     assert r.returncode == 0, f'{nb.name} failed:\n{r.stderr[-8000:]}'

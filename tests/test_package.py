@@ -1,9 +1,14 @@
 """What a user of the package relies on: it imports alone and offline, and its metadata agree."""
 import configparser
 import re
+import runpy
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+
+import pytest
 
 try: import tomllib
 except ModuleNotFoundError: import tomli as tomllib  # Python 3.10, where pytest brings tomli
@@ -49,16 +54,28 @@ def test_one_version():
 def names(requirements):
     return {re.split(r'[\s<>=!~;\[]', r)[0].lower().replace('-', '_') for r in requirements}
 
+# where a distribution's name is not that of its module
+MODULES = dict(open_clip_torch='open_clip', scikit_learn='sklearn', pillow='PIL')
+INDIRECT = {'tabulate'}   # pandas asks for it when it writes Markdown
+
+def imported(files):
+    "Modules of others that some code imports, wherever in it"
+    text = '\n'.join(f.read_text(encoding='utf-8') for f in files)
+    found = set(re.findall(r'^\s*(?:import|from) ([a-z]\w*|PIL)', text, re.M))
+    return found - sys.stdlib_module_names - {'clipprompt'}
+
 
 def test_dependencies():
-    run = names(PYPROJECT['project']['dependencies'])
-    assert run >= {
-        'torch', 'torchvision', 'open_clip_torch', 'safetensors', 'numpy', 'pandas', 'matplotlib',
-        'seaborn', 'tqdm', 'typer', 'rich'
-    }
-    assert not run & {'nbdev', 'fastcore', 'execnb'}
-    extras = PYPROJECT['project']['optional-dependencies']
-    assert set(extras['pretrain']) | set(extras['tensorboard']) <= set(extras['dev'])
+    """What the code imports is asked for, and nothing is asked for that it does not import; extras
+    are what some of it can do without"""
+    project = PYPROJECT['project']
+    run, extras = names(project['dependencies']), project['optional-dependencies']
+    asked = {MODULES.get(n, n) for n in run - INDIRECT}
+    optional = {'ray', 'tensorboard', 'resvg_py', 'IPython', 'matplotlib_inline'}
+    assert imported((ROOT/'clipprompt').glob('*.py')) - optional == asked
+    assert {'ray', 'tensorboard', 'resvg_py'} <= names(extras['dev'])
+    for extra in ('ray', 'tensorboard', 'pretrain', 'book'):
+        assert set(extras[extra]) <= set(extras['dev'])
 
 
 def test_assets():
@@ -66,3 +83,35 @@ def test_assets():
     folder = assets()
     assert isinstance(folder, Path) and folder.is_dir()
     assert list(folder.rglob('*.safetensors')) and list(folder.rglob('*.csv'))
+
+
+def test_types_are_told():
+    "py.typed says that the annotations are meant for users; it has to come with the package"
+    assert (ROOT/'clipprompt'/'py.typed').is_file()
+    assert 'py.typed' in PYPROJECT['tool']['setuptools']['package-data']['clipprompt']
+
+
+def test_python_m_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['clipprompt', '--version'])
+    with pytest.raises(SystemExit) as e:
+        runpy.run_module('clipprompt', run_name='__main__', alter_sys=True)
+    assert not e.value.code
+    assert capsys.readouterr().out == f'clipprompt {clipprompt.__version__}\n'
+
+
+@pytest.mark.stress
+def test_the_wheel_has_the_package_the_data_and_nothing_else(tmp_path):
+    pytest.importorskip('setuptools', '77')
+    source = tmp_path/'source'   # a build leaves files where it is made
+    for name in ('clipprompt', 'data'): shutil.copytree(ROOT/name, source/name)
+    for name in ('pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, source)
+    args = ['-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-index',
+            '--wheel-dir', tmp_path, source]
+    r = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    (wheel,) = tmp_path.glob('*.whl')
+    inside = {n for n in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in n}
+    code = {f'clipprompt/{p.name}' for p in (ROOT/'clipprompt').glob('*.py')}
+    data = {f'clipprompt/assets/{p.relative_to(ROOT/"data").as_posix()}'
+            for p in (ROOT/'data').rglob('*') if p.is_file()}
+    assert inside == code | data | {'clipprompt/py.typed'}
