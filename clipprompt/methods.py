@@ -57,7 +57,7 @@ def _found() -> dict[str, type]:
     return known
 
 def _plugged_in(entry:EntryPoint, known:dict) -> type:
-    "The class of an entry point. Raises what its module raises, or ValueError for what is no method"
+    "Its class. Raises what its module raises, or ValueError for what is no method"
     cls = entry.load()
     if not (isinstance(cls, type) and issubclass(cls, PromptLearner)):
         raise ValueError('it is no subclass of PromptLearner')
@@ -109,7 +109,7 @@ def settings_of(cls:type,
     takes, steps = _types(cls), typing.get_type_hints(Recipe)
     hparams, changes = {}, {}
     for name, value in dict(pairs).items():
-        if name == 'seed': raise ValueError('seed is no setting; every run has one (--seed, --seeds)')
+        if name == 'seed': raise ValueError('seed is no setting; each run has one (--seed, --seeds)')
         if name in takes: hparams[name] = _read(name, value, takes[name])
         elif name in steps: changes[name] = _read(name, value, steps[name])
         else:
