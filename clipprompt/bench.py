@@ -40,7 +40,7 @@ from .figures import STYLE, colour
 from .files import check_writable, write_safely
 from .provp import ProVPRef
 from .towers import VisionTower
-from .training import evaluate
+from .evaluation import evaluate
 from .variational import VariationalCoCoOp
 
 # %% ../nbs/21_bench.ipynb #21-005

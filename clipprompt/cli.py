@@ -42,7 +42,7 @@ from .public import PUBLIC
 from .report import compare, plot, table
 from .sets import load_dataset, split_name
 from .sweep import Run, Store, Swept, check_runs, grid, load_run, sweep
-from .training import evaluate
+from .evaluation import evaluate
 
 # %% ../nbs/40_cli.ipynb #40-007
 app = typer.Typer(name='clipprompt', no_args_is_help=True, add_completion=False,

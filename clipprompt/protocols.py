@@ -32,7 +32,8 @@ from .files import write_safely
 from .learner import PromptLearner, Recipe
 from .public import PUBLIC
 from .sets import TASKS, load_dataset
-from .training import evaluate, fit
+from .evaluation import evaluate
+from .training import fit
 
 # %% ../nbs/07_protocols.ipynb #07-007
 def harmonic_mean(base:float, new:float) -> float:

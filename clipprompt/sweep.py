@@ -28,7 +28,7 @@ from .methods import find_method
 from .protocols import (Method, apart, draw, mark_of, protocol, read_records, record,
     run_id, second_set, usual_shots, write_record)
 from .sets import find_data, split_name
-from .training import shows_bars
+from .hooks import shows_bars
 
 # %% ../nbs/19b_sweep.ipynb #22-007
 @dataclass(frozen=True)

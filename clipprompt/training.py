@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .data import DataSet, mixed
-from .evaluation import encode, evaluate, frozen_features, same_classes
+from .evaluation import same_classes
 from .hooks import Checkpoint, Hook, Progress, Select, Track
 from .learner import PromptLearner, Recipe
 from .sets import as_dataset

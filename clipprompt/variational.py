@@ -18,7 +18,7 @@ from .backbone import Backbone, nearest
 from .coop import CoOp
 from .learner import Recipe
 from .prompts import AUTO, Given
-from .training import Evaluation
+from .evaluation import Evaluation
 
 # %% ../nbs/18_variational.ipynb #18-007
 class GlobalPosterior(nn.Module):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .backbone import Backbone
 from .data import ENSEMBLE, PICTOGRAM_TEMPLATES, DataSet, template_of, test_transform
 from .learner import PromptLearner, Recipe
-from .training import encode, evaluate
+from .evaluation import encode, evaluate
 
 # %% ../nbs/10_zeroshot.ipynb #10-005
 DEFAULT = template_of('')  # CoOp's sentence for a set that its code does not name

@@ -26,7 +26,8 @@ from clipprompt.prompts import phrase_tokens
 from clipprompt.protocols import PROTOCOLS, Method, protocol
 from clipprompt.methods import find_method, load as load_prompts
 from clipprompt.report import compare
-from clipprompt.training import evaluate, fit
+from clipprompt.evaluation import evaluate
+from clipprompt.training import fit
 from clipprompt.zeroshot import LinearProbe, ZeroShot
 from helpers import TINY, one_line, refused, shapes, tiny_clip, works
 

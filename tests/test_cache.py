@@ -15,7 +15,8 @@ from clipprompt.sets import load_dataset
 from clipprompt.deep import IVLP, VPT, MaPLe
 from clipprompt.files import keep
 from clipprompt.learner import FP16_SCALE, Classifier, Recipe
-from clipprompt.training import encode, evaluate, fit
+from clipprompt.evaluation import encode, evaluate
+from clipprompt.training import fit
 from clipprompt.zeroshot import ZeroShot
 from helpers import shapes, tiny_clip
 

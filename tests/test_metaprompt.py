@@ -1,5 +1,7 @@
 """MetaPrompt: what must hold whatever the numbers are. The reference's own numbers are replayed in
 test_goldens."""
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,14 +10,15 @@ from clipprompt.check import check_learner
 from clipprompt.coop import CoOp
 from clipprompt.data import DataError, join
 from clipprompt.sets import load_dataset
-from clipprompt.learner import Classifier, Recipe
-from clipprompt.metaprompt import (MODES, MetaPrompt, Part, class_episodes, class_groups,
-                                   domain_episodes, episodic, rehearse)
+from clipprompt.learner import Recipe
+from clipprompt.metaprompt import (MODES, Episodic, MetaPrompt, Part, class_episodes, class_groups,
+                                   domain_episodes, rehearse)
 from clipprompt.prompts import Prompts, phrase_tokens
 from clipprompt.protocols import Method, domain
 from clipprompt.provp import ProVPRef
 from clipprompt.towers import TextTower, VisionTower
-from clipprompt.training import fit, lr_at
+from clipprompt.steps import lr_at
+from clipprompt.training import fit
 from helpers import one_line, tiny_clip
 
 NAMES = ['camera', 'shopping_cart', 'key', 'umbrella', 'alarm clock', 'fork', 'bed']
@@ -28,7 +31,7 @@ def clip(): return tiny_clip(dtype=torch.float64)
 def batch(clip):
     g = torch.Generator().manual_seed(1)
     x = torch.randn(8, 3, 32, 32, generator=g, dtype=torch.float64)
-    return x, torch.arange(8) % 7, Classifier(clip, NAMES).image_features(x), torch.arange(8) % 3
+    return x, torch.arange(8) % 7, CoOp(clip, NAMES, n_ctx=1).frozen_image(x), torch.arange(8) % 3
 
 def learner_of(clip, **hparams): return MetaPrompt(clip, NAMES, **hparams).double()
 
@@ -165,7 +168,7 @@ def test_v7_v8_v9_modes_by_hand(clip, batch, split, mode):
         here, there = (batch if split == 'domain' else batch[:3]), dict(plain.named_parameters())
         loss = learner.training_step(here, opt)
         # step (A)
-        assert super(MetaPrompt, plain).training_step(here, opt2) == pytest.approx(loss, rel=1e-12)
+        assert super(MetaPrompt, plain).training_step(here, opt2) == pytest.approx(loss.item(), rel=1e-12)
         tokens, lr = there[name], .05
         others = {k: v.detach().clone() for k, v in there.items() if k != name}
         start, total = tokens.detach().clone(), 0
@@ -252,14 +255,27 @@ def test_v13_prediction_and_schedule(clip, batch):
 # ---- episodes around other learners, and the data they need --------------------------------------
 
 
-@pytest.mark.parametrize('cls,hparams', [(CoOp, dict(n_ctx=2)), (ProVPRef, dict(n_visual=2))],
+class EpisodicCoOp(Episodic, CoOp): method = 'coop-episodes'
+class EpisodicProVPRef(Episodic, ProVPRef): method = 'provp-ref-episodes'
+
+@pytest.mark.parametrize('cls,hparams', [(EpisodicCoOp, dict(n_ctx=2, order=2)),
+                                         (EpisodicProVPRef, dict(n_visual=2))],
                          ids=['coop', 'provp-ref'])
-def test_episodes_around_any_learner(clip, batch, cls, hparams):
+def test_contract_with_episodes(cls, hparams):
+    "Files, other classes, determinism and the rest hold around a learner as well"
+    assert (check_learner(cls, **hparams).result == 'passed').all()
+
+
+@pytest.mark.parametrize('around,cls,hparams', [(EpisodicCoOp, CoOp, dict(n_ctx=2)),
+                                                (EpisodicProVPRef, ProVPRef, dict(n_visual=2))],
+                         ids=['coop', 'provp-ref'])
+def test_episodes_around_any_learner(clip, batch, around, cls, hparams):
     "An ordinary step, then the outer step of the definition"
-    ours = episodic(cls(clip, NAMES, **hparams).double())
+    ours = around(clip, NAMES, **hparams).double()
     plain = cls(clip, NAMES, **hparams).double()
     here = batch[:2+len(plain.reads)]
     torch.manual_seed(3); a = ours.training_step(here, sgd(ours))
+    assert a.ndim == 0 and not a.requires_grad
     assert a == plain.training_step(here, sgd(plain))
     torch.manual_seed(3); episodes = class_episodes(batch[1], class_groups(7))
 
@@ -284,13 +300,14 @@ def test_domains_reach_the_step(joined, monkeypatch):
     """Each image comes with the domain it was drawn in, with fresh and with fixed views, around a
     learner of its own or MetaPrompt"""
     picto, seen = tiny_clip(), []
-    data = type(joined)(**{**vars(joined), 'train': joined.train[:24] + joined.train[80:104]})
+    data = replace(joined, train=joined.train[:24] + joined.train[80:104])
     assert data.domains == ['edges', 'icons', 'pixels']
     pictures = data.pictures('train',
                              lambda image: torch.tensor(float(sum(image.getpixel((32, 32))))))
     assert pictures.domains.tolist() == [1]*24 + [0]*24
-    for learner in (MetaPrompt(picto, data.classnames).choose(data),
-                    episodic(CoOp(picto, data.classnames, n_ctx=2), 'domain')):
+    for learner in (MetaPrompt(picto, data.classnames),
+                    EpisodicCoOp(picto, data.classnames, n_ctx=2, split='domain')):
+        learner.prepare(data)
         own = 'frozen' in learner.reads
         assert learner.reads[-1] == 'domains'
         for views in (None, 1):
@@ -301,7 +318,7 @@ def test_domains_reach_the_step(joined, monkeypatch):
             drawn = sorted(zip(rest[-1].tolist(), labels.tolist()))
             assert drawn == sorted((d, i.label) for d, i in zip([1]*24 + [0]*24, data.train))
             if own:
-                features = Classifier(picto, data.classnames).image_features(images)
+                features = learner.frozen_image(images)
                 torch.testing.assert_close(rest[0], features, rtol=1e-4, atol=1e-5)
 
 
@@ -327,25 +344,18 @@ def test_resuming_draws_the_same_groups(joined, tmp_path):
 
 def test_a_plain_run_is_not_resumed_with_episodes(tmp_path):
     picto, data = tiny_clip(), load_dataset().base().few_shot(1)
-    make, recipe = lambda: CoOp(picto, data.classnames, n_ctx=1), Recipe(epochs=1, views=1)
-    fit(make(), data, recipe, checkpoint=tmp_path/'c', progress=False)
+    recipe = Recipe(epochs=1, views=1)
+    fit(CoOp(picto, data.classnames, n_ctx=1), data, recipe, checkpoint=tmp_path/'c', progress=False)
     with pytest.raises(ValueError) as e:
-        fit(episodic(make()), data, recipe, checkpoint=tmp_path/'c', progress=False)
-    one_line(e, 'another run', 'step differ')
+        fit(EpisodicCoOp(picto, data.classnames, n_ctx=1), data, recipe, checkpoint=tmp_path/'c',
+            progress=False)
+    one_line(e, 'another run', 'hparams, method differ')
 
 
-def test_what_is_chosen_from_the_data(joined):
+def test_domains_in_a_protocol(joined):
     picto = tiny_clip()
     row = domain(Method(MetaPrompt, dict(depth=1), Recipe(epochs=1)), picto, joined, shots=1)
     assert row['protocol'] == 'domain' and row['task'] == 'pixels' and 0 < row['accuracy'] < 100
-    assert MetaPrompt(picto, joined.classnames).choose(joined).hparams['split'] == 'domain'
-    fresh = lambda: MetaPrompt(picto, joined.classnames, split='class', templates='{}')
-    assert fresh().choose(joined).hparams == fresh().hparams
-    eurosat = type(joined)(**{**vars(joined), 'name': 'eurosat', 'by_domain': False})
-    chosen = MetaPrompt(picto, joined.classnames, seed=3).choose(eurosat)
-    assert chosen.templates == ['a centered satellite photo of {}']
-    assert chosen.hparams['split'] == 'class'
-    assert chosen.hparams['seed'] == 3
 
 
 @pytest.mark.parametrize(
@@ -354,8 +364,8 @@ def test_what_is_chosen_from_the_data(joined):
      (lambda c: MetaPrompt(c, NAMES, order=3), ['1 or 2', '3']),
      (lambda c: MetaPrompt(c, NAMES, order=2), ["'clean'", 'reference']),
      (lambda c: MetaPrompt(c, NAMES, split='image'), ['class', 'domain', 'image']),
-     (lambda c: episodic(CoOp(c, NAMES), split='image'), ['class', 'domain', 'image']),
-     (lambda c: episodic(CoOp(c, NAMES), mode='x'), ['unknown mode']),
+     (lambda c: EpisodicCoOp(c, NAMES, split='image'), ['class', 'domain', 'image']),
+     (lambda c: EpisodicCoOp(c, NAMES, mode='x'), ['unknown mode']),
      (lambda c: domain(Method(CoOp), c, load_dataset()), ['one domain', 'join']),
      (lambda c: join([], load_dataset()), ['at least one']),
      (lambda c: join([load_dataset('emoji')], load_dataset()), ['other classes']),

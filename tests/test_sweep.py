@@ -24,13 +24,13 @@ from clipprompt import data as data_module, sweep as sweep_module
 from clipprompt.backbone import assets, load_backbone
 from clipprompt.coop import CoOp
 from clipprompt.data import DataNotFound
+from clipprompt.evaluation import evaluate
 from clipprompt.files import check_writable
 from clipprompt.methods import find_method, rerun
 from clipprompt.protocols import Method, read_records, record, write_record, write_table
 from clipprompt.report import compare
 from clipprompt.sets import find_data, load_dataset
 from clipprompt.sweep import Run, Store, attempt, grid, load_run, sweep
-from clipprompt.training import evaluate
 from clipprompt.zeroshot import ZeroShot
 from helpers import clipprompt, one_line, refused, shapes, tiny_clip, works
 from strangers import Mine, Waits

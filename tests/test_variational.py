@@ -11,7 +11,8 @@ from clipprompt.sets import load_dataset
 from clipprompt.deep import IVLP
 from clipprompt.learner import Recipe
 from clipprompt.mudpt import MuDPT
-from clipprompt.training import Evaluation, evaluate, fit
+from clipprompt.evaluation import Evaluation, evaluate
+from clipprompt.training import fit
 from clipprompt.variational import (Variational, VariationalCoCoOp, VariationalCoOp, ece, entropy,
                                     kl, log_mean, novelty, reliability)
 from helpers import one_line, shapes, tiny_clip
