@@ -644,7 +644,7 @@ def info(prompts:Annotated[Path|None, Argument(help='a prompt file to describe')
     device = 'CUDA' if torch.cuda.is_available() else 'CPU'
     out.print(f'clipprompt {__version__}, torch {torch.__version__}, {device}')
     out.print(load_backbone())
-    out.print(f'methods: {_names}')
+    out.print(f"methods: {', '.join(all_methods())}")
     out.print(f'protocols: {", ".join(PROTOCOLS)}')
     for t in (*DOMAINS, 'styles'): out.print(f'data: {load_dataset("pictograms", task=t)}')
     out.print(f'data: {load_dataset("emoji")}')
