@@ -8,7 +8,7 @@ __all__ = ['LARGE', 'CASES', 'bench_names', 'coop_steps', 'learner_steps', 'vpt_
            'speed_table', 'bench_scale', 'plot_speed']
 
 # %% ../nbs/21_bench.ipynb #21-003
-import copy, ctypes, gc, json, subprocess, sys, tempfile
+import ctypes, gc, json, subprocess, sys, tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace

@@ -8,7 +8,7 @@ __all__ = ['DOMAINS', 'PICTOGRAMS', 'TEMPLATES', 'ENSEMBLE', 'PICTOGRAM_TEMPLATE
            'pictograms', 'join', 'normalised', 'train_transform', 'test_transform', 'template_of']
 
 # %% ../nbs/04_data.ipynb #04-002
-import difflib, hashlib, json, random, sys, warnings, zipfile, zlib
+import difflib, hashlib, json, os, random, sys, warnings, zipfile, zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -65,7 +65,7 @@ def unknown(what:str, given:str, known) -> DataError:
     hint = f": did you mean '{near[0]}'?" if near else ';'
     return DataError(f"unknown {what} '{given}'{hint} known: {', '.join(known)}")
 
-def _said(error:Exception, most:int|None=None) -> str: # at most so many characters
+def said(error:Exception, most:int|None=None) -> str: # at most so many characters
     "What an error of another library says, on one line"
     return ' '.join(str(error).split())[:most]
 
@@ -104,14 +104,13 @@ def open_image(path:str) -> Image.Image:
         return Image.open(path)
 
 # %% ../nbs/04_data.ipynb #04-017
-def _below(path:str, folder) -> str:
+def below(path:str, folder) -> str:
     "The path from this folder on, if it lies below it"
-    path = Path(path)
-    if path.is_relative_to(folder): path = path.relative_to(folder)
-    return path.as_posix()
+    path, start = os.path.normpath(path), os.path.join(os.path.normpath(folder), '')
+    return path.removeprefix(start).replace(os.sep, '/')
 
 @dataclass(frozen=True)
-class _Files:
+class Files:
     "Pictures on disk"
     root:str='' # fingerprints name files from here, so that a moved folder keeps its own
 
@@ -119,11 +118,11 @@ class _Files:
         try:
             with open_image(path) as image: return to_rgb(image)
         except Exception as e: # PIL raises many kinds
-            raise DataError(f'cannot read the image {path} ({_said(e)}); repair or remove it, '
+            raise DataError(f'cannot read the image {path} ({said(e)}); repair or remove it, '
                             'or load with skip_broken=True (--skip-broken)') from e
 
     def mark(self, path:str) -> str:
-        return f'{_below(path, self.root)} {Path(path).stat().st_size}'
+        return f'{below(path, self.root)} {os.stat(path).st_size}'
 
 # %% ../nbs/04_data.ipynb #04-021
 @lru_cache(maxsize=2)
@@ -137,7 +136,7 @@ def _unzip(path:str, changed:int) -> dict[str, np.ndarray]: # name -> uint8 [H, 
                         'or build it again as the picto-clip chapter shows') from e
 
 @dataclass(frozen=True)
-class _Archive:
+class Archive:
     "Pictures in a zip: only the path travels to a worker process"
     path:str
     changed:int
@@ -258,7 +257,7 @@ class Pictures(Dataset):
         "What each tensor depends on beside the transform: file, size, and what is done to it"
         look = self.data._drawn()
         looks = [look[k] if isinstance(look, dict) else look for k in self.kinds]
-        mark = self.data.source.mark
+        mark = self.data.mark
         return [f'{mark(self.paths[i])} {looks[self.kind[i]]}' for i in range(len(self))]
 
     @property
@@ -299,7 +298,7 @@ class DataSet:
     train:list[Item]
     test:list[Item]
     template:str='a photo of a {}.' # the sentence of zero-shot CLIP
-    source:Callable=_Files()        # path -> RGB picture
+    source:Callable=Files()        # path -> RGB picture
     # what is done to every picture, in training and in test; in a joined set, to those of each
     # domain
     domain:Callable|dict=as_drawn
@@ -401,12 +400,15 @@ class DataSet:
         if not isinstance(self.domain, dict): return _look(self.domain)
         return {name: _look(domain) for name, domain in self.domain.items()}
 
-    def _marks(self, items):
+    def mark(self, path:str) -> str:
+        "What stands for a picture in a fingerprint; it is looked at once"
         looked = self._looked
-        for i in items:
-            if i.path not in looked: looked[i.path] = self.source.mark(i.path)
-        if self.by_domain: return [(looked[i.path], i.label, i.domain) for i in items]
-        return [(looked[i.path], i.label) for i in items]
+        if path not in looked: looked[path] = self.source.mark(path)
+        return looked[path]
+
+    def _marks(self, items):
+        if self.by_domain: return [(self.mark(i.path), i.label, i.domain) for i in items]
+        return [(self.mark(i.path), i.label) for i in items]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -474,7 +476,7 @@ def pictograms(
         return [Item(file, label[c], family) for file, c, family in columns]
     return DataSet(
         name, classnames, items(mine[mine.split == 'train']), items(test), task=task,
-        source=_Archive(str(archive), archive.stat().st_mtime_ns),
+        source=Archive(str(archive), archive.stat().st_mtime_ns),
         domain=DOMAINS.get(task, as_drawn), crop_scale=(0.6, 1.0), flip=False,
         split='pictograms.csv, families of artists apart')
 

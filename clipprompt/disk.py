@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .data import DataError, Item, _below, to_rgb, warn
+from .data import DataError, Item, below, to_rgb, warn
 
 # %% ../nbs/04a_disk.ipynb #04a-004
 PARTS = 'train', 'val', 'test'
@@ -75,7 +75,7 @@ def readable(items:list[Item], folder:Path, skip_broken:bool) -> list[Item]:
     why = all_broken(list(dict.fromkeys(i.path for i in items)))
     if not why: return items
     bad, reasons = sorted(why), sorted(set(why.values()))
-    names = [_below(path, folder) for path in bad[:10]]
+    names = [below(path, folder) for path in bad[:10]]
     more = f' and {len(bad)-10} more' if len(bad) > 10 else ''
     what = (f'{len(bad)} of {len(items)} images in {folder} cannot be read '
             f"({', '.join(reasons)}): {', '.join(names)}{more}")

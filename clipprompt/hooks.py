@@ -25,12 +25,12 @@ from .files import check_writable, remove_leftovers, write_safely
 
 # %% ../nbs/05d_hooks.ipynb #05d-003
 class Hook:
-    "What may be done around the steps of training; each method may be left out"
-    def start(self, run:'Training'): "Before the first epoch of this call"
-    def before_epoch(self, run:'Training', epoch:int): "Epochs count from 1"
-    def after_step(self, run:'Training', step:int): "Steps of an epoch count from 1"
-    def after_epoch(self, run:'Training', epoch:int): "The loss is known: `run.losses[-1]`"
-    def finish(self, run:'Training'): "After the last epoch"
+    "What may be done around the steps of a run (a `Training`); each method may be left out"
+    def start(self, run): "Before the first epoch of this call"
+    def before_epoch(self, run, epoch:int): "Epochs count from 1"
+    def after_step(self, run, step:int): "Steps of an epoch count from 1"
+    def after_epoch(self, run, epoch:int): "The loss is known: `run.losses[-1]`"
+    def finish(self, run): "After the last epoch"
     def close(self): "In any case, also after an error"
     def state(self) -> dict: # of tensors and of what JSON can write
         "What a resumed run needs to know"
@@ -42,14 +42,14 @@ class Select(Hook):
     "Keep the prompts of the epoch that is best on validation (or test) pictures"
     def __init__(self): self.scores, self.best, self.split = [], {}, None
 
-    def start(self, run:'Training'):
+    def start(self, run):
         self.split = dict(best_on_val='val', best_on_test='test').get(run.recipe.select)
         if self.split == 'val' and not run.data.val:
             raise ValueError(f"data set '{run.data.name}' has no validation pictures to select by; "
                              "leave select at 'last', or give it some (few_shot draws them from "
                              'a set that has a validation part)')
 
-    def after_epoch(self, run:'Training', epoch:int):
+    def after_epoch(self, run, epoch:int):
         if not self.split: return
         accuracy = evaluate(run.learner, run.data, self.split).accuracy
         run.learner.train()
@@ -60,7 +60,7 @@ class Select(Hook):
         since = len(self.scores)-1 - self.scores.index(max(self.scores))
         if run.recipe.patience and since >= run.recipe.patience: run.stop = True
 
-    def finish(self, run:'Training'):
+    def finish(self, run):
         if self.best: run.learner.load_state_dict(self.best)
 
     def state(self) -> dict:
@@ -78,14 +78,14 @@ class Average(Hook):
     ):
         self.weight, self.total, self.sums = weight, 0., {}
 
-    def after_epoch(self, run:'Training', epoch:int):
+    def after_epoch(self, run, epoch:int):
         w = float(self.weight(epoch, run.recipe.epochs))
         if w < 0: raise ValueError(f'the weight of epoch {epoch} is {w:g}; weights are 0 or more')
         self.total += w
         for name, p in run.learner.named_parameters():
             self.sums[name] = self.sums.get(name, 0) + w*p.detach()
 
-    def finish(self, run:'Training'):
+    def finish(self, run):
         if not self.total: raise ValueError('no epoch has a weight; give one that is not 0')
         run.learner.load_state_dict({name: s/self.total for name, s in self.sums.items()})
 
@@ -106,7 +106,7 @@ class Lines(Hook):
     def __init__(self, file=None): # standard error where None
         self.file = file
 
-    def after_epoch(self, run:'Training', epoch:int):
+    def after_epoch(self, run, epoch:int):
         said = ', '.join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in run.said.items())
         line = f'{run.learner.method}: epoch {epoch} of {run.recipe.epochs}, {said}'
         print(line, file=self.file or sys.stderr, flush=True)
@@ -117,12 +117,12 @@ class Progress(Hook):
         self.shown, self.bar = shown and shows_bars(), None
         self.lines = Lines() if shown and not self.shown else Hook()
 
-    def before_epoch(self, run:'Training', epoch:int):
+    def before_epoch(self, run, epoch:int):
         if self.bar is not None: return
         self.bar = tqdm(desc=run.learner.method, total=run.recipe.epochs, initial=epoch-1,
                         unit='epoch', disable=not self.shown, leave=False)
 
-    def after_epoch(self, run:'Training', epoch:int):
+    def after_epoch(self, run, epoch:int):
         self.bar.set_postfix(loss=f'{run.losses[-1]:.3f}', refresh=False)
         self.bar.update()
         self.lines.after_epoch(run, epoch)
@@ -140,10 +140,10 @@ class Track(Hook):
         raise ValueError(f'tracker is of type {type(tracker).__name__}; give a folder, '
                          'or an object with add_scalar(tag, value, step)')
 
-    def before_epoch(self, run:'Training', epoch:int):
+    def before_epoch(self, run, epoch:int):
         if self.own and self.open is None: self.open = _writer(self.tracker, epoch)
 
-    def after_epoch(self, run:'Training', epoch:int):
+    def after_epoch(self, run, epoch:int):
         tracker = self.open or self.tracker
         if tracker is None: return
         for tag, value in run.said.items(): tracker.add_scalar(tag, value, epoch)
@@ -174,11 +174,11 @@ def _has_events_of_now(folder:str|Path) -> bool:
     return any(Path(folder).glob(f'events.out.tfevents.{int(time.time()):010d}.*'))
 
 # %% ../nbs/05d_hooks.ipynb #05d-013
-def _remembering(run:'Training') -> list[Hook]:
+def _remembering(run) -> list[Hook]:
     "The hooks that have a state"
     return [hook for hook in run.hooks if type(hook).state is not Hook.state]
 
-def _identity(run:'Training') -> dict:
+def _identity(run) -> dict:
     "What makes a run this run and no other"
     learner, clip = run.learner, run.learner.backbone
     mine = [type(hook).__name__ for hook in _remembering(run)]
@@ -202,20 +202,20 @@ class Checkpoint(Hook):
     "Write all the state there is after each epoch; begin where a file of this run ends"
     def __init__(self, path:str|Path|None=None): self.path = path
 
-    def start(self, run:'Training'):
+    def start(self, run):
         self.path = _checkpoint_file(self.path)
         if self.path is None: return
         self.identity = _identity(run)
         if self.path.is_file(): _resume(self.path, run, self.identity)
 
-    def after_epoch(self, run:'Training', epoch:int):
+    def after_epoch(self, run, epoch:int):
         if self.path is None: return
         tensors, plain = _state(run)
         meta = dict(run=json.dumps(self.identity, sort_keys=True), state=json.dumps(plain))
         write_safely(self.path, lambda tmp: save_file(tensors, tmp, meta))
 
 # %% ../nbs/05d_hooks.ipynb #05d-015
-def _state(run:'Training') -> tuple[dict[str, Tensor], dict]: # tensors and the rest, by name
+def _state(run) -> tuple[dict[str, Tensor], dict]: # tensors and the rest, by name
     "Parameters, the optimiser's buffers, losses, and what the hooks remember"
     state = dict(losses=run.losses)
     for name, p in run.learner.named_parameters():
@@ -227,7 +227,7 @@ def _state(run:'Training') -> tuple[dict[str, Tensor], dict]: # tensors and the 
     return tensors, {k: v for k, v in state.items() if k not in tensors}
 
 @torch.no_grad()
-def _restore(run:'Training', state:dict):
+def _restore(run, state:dict):
     "Put back what `_state` gave"
     device = run.learner.backbone.device
     def part(prefix):
@@ -245,14 +245,14 @@ def _restore(run:'Training', state:dict):
     run.losses += state['losses']
 
 # %% ../nbs/05d_hooks.ipynb #05d-017
-def _resume(path:Path, run:'Training', identity:dict):
+def _resume(path:Path, run, identity:dict):
     "Put a checkpoint's state into a run"
     meta, tensors = _read_checkpoint(path)
     _must_be_the_same(path, json.loads(meta['run']), identity)
     _restore(run, tensors | json.loads(meta['state']))
     if run.recipe.patience: _stop_if_stopped(run)
 
-def _stop_if_stopped(run:'Training'):
+def _stop_if_stopped(run):
     "A run that was stopped early stays stopped"
     for hook in run.hooks:
         if not isinstance(hook, Select) or not hook.scores: continue

@@ -96,7 +96,7 @@ def model_card(
         note,
         _facts(learner, license),
         _class_list(learner),
-        _python(name),
+        _python(learner, name),
         'or, in a shell,',
         f'```bash\nclipprompt predict hf://{name} picture.png\n```',
     ]
@@ -109,9 +109,14 @@ def _header(learner, license:str|None) -> str:
     lines = [f'{k}: {json.dumps(v)}' for k, v in head.items()]  # JSON is YAML
     return '\n'.join(['---', *lines, '---'])
 
-def _python(name:str) -> str:
-    return f"```python\nfrom clipprompt.methods import load\nlearner = load('hf://{name}')\n```"
-
+def _python(learner, name:str) -> str:
+    "The lines that load it; weights that were a file must be named again"
+    weights = learner.backbone.pretrained
+    own = ", pretrained='FILE'" if weights and Path(weights).is_file() else ''
+    return ('```python\n'
+            'import clipprompt as cp\n'
+            f"learner = cp.load('hf://{name}'{own})\n"
+            '```')
 
 # %% ../nbs/04f_hub.ipynb #04-612
 def _code(text) -> str:

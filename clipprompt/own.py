@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from .data import DataError, DataNotFound, DataSet, Item, _Files, _said, unknown
+from .data import DataError, DataNotFound, DataSet, Item, Files, said, unknown
 from .disk import PARTS, missing, readable, subfolders, words
 
 # %% ../nbs/04c_own.ipynb #04-082
@@ -33,7 +33,7 @@ def _rows(file:Path, delimiter:str=',') -> list[tuple[int, list[str]]]: # (line 
                 cells = [c.strip() for c in row]
                 if any(cells): rows.append((reader.line_num, cells))
     except (csv.Error, ValueError, OSError) as e:
-        raise DataError(f'cannot read {file} ({_said(e, 120)}); '
+        raise DataError(f'cannot read {file} ({said(e, 120)}); '
                         'save it as UTF-8 text, one picture a line') from e
     return rows
 
@@ -49,7 +49,7 @@ def _names_csv(file:Path) -> dict[str, str]:
 def _names_json(file:Path) -> dict[str, str]:
     try: words = json.loads(file.read_bytes())
     except (ValueError, RecursionError, OSError) as e:
-        raise DataError(f'cannot read {file} ({_said(e, 80)}); '
+        raise DataError(f'cannot read {file} ({said(e, 80)}); '
                         'it should look like {"folder": "name"}') from e
     if not isinstance(words, dict) or not all(isinstance(w, str) for w in words.values()):
         raise DataError(f'{file} should look like {{"folder": "name", ...}}, '
@@ -154,7 +154,7 @@ def _from_folder(folder:Path, skip_broken:bool) -> DataSet:
         raise DataError(f'no image of the test part {test_dir} can be read; repair them, '
                         'or remove it and a third of the training pictures will be held back')
     val = part(val_dir) if val_dir and subfolders(val_dir) else []
-    return DataSet(folder.name, classnames, train, test, source=_Files(str(folder)), val=val,
+    return DataSet(folder.name, classnames, train, test, source=Files(str(folder)), val=val,
                    split=split)
 
 # %% ../nbs/04c_own.ipynb #04-092
@@ -298,7 +298,7 @@ def _from_table(file:Path, task:str|None, sources, skip_broken:bool) -> DataSet:
     parts = _split_rows(file, items, split_of, task, chosen if joined else None, classnames)
     train, val, test, split = parts
     _check_parts(file, train, test, classnames, task, joined)
-    return DataSet(file.stem, classnames, train, test, source=_Files(str(file.parent)),
+    return DataSet(file.stem, classnames, train, test, source=Files(str(file.parent)),
                    task=task or '', by_domain=joined, val=val, split=split)
 
 def _check_parts(file:Path, train:list, test:list, classnames:list, task:str|None, joined:bool):

@@ -15,7 +15,7 @@ import numpy as np
 import torchvision
 from scipy.io import loadmat
 
-from .data import DataError, DataNotFound, DataSet, Item, _below, _said, unknown, warn
+from .data import DataError, DataNotFound, DataSet, Item, below, said, unknown, warn
 from .disk import PARTS, is_picture, missing, subfolders, words
 
 # %% ../nbs/04b_public.ipynb #04-044
@@ -163,7 +163,7 @@ def published_split(file:Path) -> Lists:
     def wrong(what): return DataError(f'{file}: {what}; get the published file again')
     try: parts = json.loads(file.read_bytes())
     except (ValueError, RecursionError, OSError) as e:
-        raise wrong(f'no JSON ({_said(e, 80)})') from e
+        raise wrong(f'no JSON ({said(e, 80)})') from e
     try: names, lists = _entries(parts)
     except ValueError as e: raise wrong(e) from None
     return Lists(in_order(names, file), **lists, split=file.name)
@@ -208,7 +208,7 @@ class Place:
         file = self.file(name)
         try: return np.atleast_1d(loadmat(file, squeeze_me=True)[key])
         except Exception as e: # scipy raises many kinds
-            raise DataError(f"cannot read '{key}' in {file} ({_said(e, 80)}); "
+            raise DataError(f"cannot read '{key}' in {file} ({said(e, 80)}); "
                             f'get it again: {self.known.get}') from e
 
     def folders(self, below:str='', key:Callable=str) -> list[str]:
@@ -241,7 +241,7 @@ def _fetch(name:str, root:Path):
     root.mkdir(parents=True, exist_ok=True)
     try: getattr(torchvision.datasets, known.torchvision)(root=str(root), download=True)
     except Exception as e: # no network, a dead link, a file that is not what it was
-        why = f'{type(e).__name__}: {_said(e, 120)}'
+        why = f'{type(e).__name__}: {said(e, 120)}'
         raise DataNotFound(f'torchvision could not fetch {name} ({why}); {by_hand}') from e
 
 def find_set(name:str, root:str|Path|None, download:bool=False) -> Place:
@@ -288,7 +288,7 @@ def on_disk(place:Place, lists:Lists) -> dict[str, list[Item]]: # part -> its pi
         raise DataNotFound(f'no images in {place.images}; unpack the archive of {place.name} there')
     gone = missing(listed)
     if gone:
-        first = _below(gone[0], place.images)[:200]
+        first = below(gone[0], place.images)[:200]
         raise DataNotFound(f'{len(gone)} of {len(listed)} pictures of {place.name} are missing in '
                            f'{place.images}, the first is {first!r} ({lists.split}); '
                            'unpack the archive again')

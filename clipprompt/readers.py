@@ -11,7 +11,7 @@ from collections import defaultdict
 
 import torchvision
 
-from .data import DataError, DataSet, _Files, _said, template_of
+from .data import DataError, DataSet, Files, template_of
 from .disk import PARTS, readable, words
 from .public import COOP, Lists, Place, check_counts, check_task, find_set, in_order
 from .public import on_disk, published_split
@@ -124,8 +124,8 @@ def _sun(place:Place) -> Lists:
     folders = [line.strip('/') for line in place.lines('ClassName.txt', str)]
     label = {folder: l for l, folder in enumerate(folders)}
     def called(folder):
-        letter, *words = folder.split('/')
-        return words(' '.join(reversed(words)))
+        letter, *parts = folder.split('/')
+        return words(' '.join(reversed(parts)))
     def read(line):
         path = line.strip('/')
         return path, label[path.rpartition('/')[0]]
@@ -324,6 +324,6 @@ def read_public(
     items = on_disk(place, lists)
     if skip_broken: items = {p: readable(mine, place.images, True) for p, mine in items.items()}
     data = DataSet(name, lists.classnames, **items, template=template_of(name), task=task or '',
-                   source=_Files(str(place.images)), split=lists.split)
+                   source=Files(str(place.images)), split=lists.split)
     check_counts(data, place.known)
     return data

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import TensorDataset
+from torchvision.datasets import DatasetFolder
 
 from .backbone import nearest
-from .data import DOMAINS, PICTOGRAMS, DataError, DataNotFound, DataSet, Item, _below
-from .data import _said, join, open_image, pictograms, template_of, to_rgb, unknown
-from .disk import PARTS, words
+from .data import DOMAINS, PICTOGRAMS, DataError, DataNotFound, DataSet, Item, below
+from .data import said, join, open_image, pictograms, template_of, to_rgb, unknown
+from .disk import words
 from .own import chosen_domains, read_own
 from .public import PUBLIC
 from .readers import read_public
@@ -132,10 +134,12 @@ def to_picture(
     if isinstance(image, Image.Image): return to_rgb(image)
     if isinstance(image, (str, Path)):
         with open_image(str(image)) as picture: return to_rgb(picture)
-    if isinstance(image, torch.Tensor): image = image.detach().cpu().numpy()
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
     if isinstance(image, np.ndarray): return to_rgb(Image.fromarray(_bytes(_channels_last(image))))
-    raise ValueError(f'a {type(image).__name__} is no picture; give a PIL image, a path, '
-                     'or pixels as a tensor or array')
+    raise ValueError(f'an object of type {type(image).__name__} is no picture; '
+                     'give a PIL image, a path, or pixels as a tensor or array')
 
 def _channels_last(pixels:np.ndarray) -> np.ndarray: # [H, W], [H, W, 3] or [H, W, 4]
     depths, shape = (1, 3, 4), pixels.shape
@@ -155,9 +159,14 @@ def _bytes(pixels:np.ndarray) -> np.ndarray: # uint8
     return pixels.astype(np.uint8) if whole else np.rint(pixels*255.).astype(np.uint8)
 
 # %% ../nbs/04d_sets.ipynb #04d-020
+def _features(obj) -> Mapping:
+    "What Hugging Face says of the columns; nothing of another object"
+    features = getattr(obj, 'features', None)
+    return features if isinstance(features, Mapping) else {}
+
 def _columns(obj) -> tuple[str, str]: # of pictures, of labels
     "Which keys of an item are meant. Raises DataError"
-    features = getattr(obj, 'features', None) or {}
+    features = _features(obj)
     keys = list(features or obj[0])
     def find(what, usual, kind):
         named = [k for k in usual if k in keys]
@@ -172,7 +181,8 @@ def _columns(obj) -> tuple[str, str]: # of pictures, of labels
 def _whole_number(label, i:int) -> int:
     try: return operator.index(label)
     except (TypeError, ValueError):
-        raise DataError(f'the label of item {i} is {repr(label)[:60]}, not a whole number; '
+        given = ' '.join(repr(label).split())[:60]
+        raise DataError(f'the label of item {i} is {given}, not a whole number; '
                         'number the classes from 0') from None
 
 def _inside(obj):
@@ -181,10 +191,13 @@ def _inside(obj):
 
 def _class_names(obj) -> list[str]|None:
     "What the object calls its classes, if it says"
-    features = getattr(obj, 'features', None) or {}
-    if features: names = getattr(features.get(_columns(obj)[1]), 'names', None)
-    else: names = getattr(obj, 'classes', None) or getattr(obj, 'categories', None)
-    if names: return [words(n if isinstance(n, str) else n[0]) for n in names] # ImageNet: synonyms
+    features = _features(obj)
+    if features: said = [getattr(features.get(_columns(obj)[1]), 'names', None)]
+    else: said = [getattr(obj, name, None) for name in ('classes', 'categories')]
+    for names in said:
+        if not isinstance(names, (list, tuple, np.ndarray)) or not len(names): continue
+        first = [n[0] if isinstance(n, (list, tuple)) else n for n in names] # ImageNet: synonyms
+        if all(isinstance(n, str) for n in first): return [words(n) for n in first]
     return _class_names(_inside(obj)) if _inside(obj) is not None else None
 
 def _kept_labels(obj) -> list[int]|None:
@@ -194,29 +207,29 @@ def _kept_labels(obj) -> list[int]|None:
         return labels and [labels[i] for i in obj.indices]
     kept = (getattr(obj, name, None) for name in ('targets', 'labels', '_labels'))
     labels = next((k for k in kept if k is not None), None)
-    if labels is None and hasattr(obj, 'samples'): labels = [label for _, label in obj.samples]
-    if labels is None or len(labels) != len(obj): return None
     change = getattr(obj, 'target_transform', None) or (lambda label: label)
-    try: return [operator.index(change(label)) for label in labels]
-    except (TypeError, ValueError): return None
+    try:
+        if labels is None: labels = [label for _, label in obj.samples]
+        labels = [operator.index(change(label)) for label in labels]
+    except (AttributeError, TypeError, ValueError): return None
+    return labels if len(labels) == len(obj) else None
 
 # %% ../nbs/04d_sets.ipynb #04d-022
 class _Part:
     "One part of somebody else's data set: its labels, its pictures, their marks"
     def __init__(self, obj):
         self.obj, self.checksum = obj, None
-        mapping = bool(getattr(obj, 'features', None)) or isinstance(obj[0], Mapping)
+        mapping = bool(_features(obj)) or isinstance(obj[0], Mapping)
         self.columns = _columns(obj) if mapping else (0, 1)
 
     def pair(self, i:int) -> tuple: # image, label
-        item = self.obj[i]
-        image, label = self.columns
-        try: return item[image], item[label]
-        except (TypeError, LookupError):
-            raise DataError(f'item {i} is a {type(item).__name__}, not (image, label)') from None
+        item, (image, label) = self.obj[i], self.columns
+        if isinstance(item, Mapping) or isinstance(item, (tuple, list)) and len(item) > 1:
+            return item[image], item[label]
+        raise DataError(f'item {i} is of type {type(item).__name__}, not a pair (image, label)')
 
     def labels(self) -> list[int]:
-        if getattr(self.obj, 'features', None): found = list(self.obj[self.columns[1]])
+        if _features(self.obj): found = list(self.obj[self.columns[1]])
         else: found = _kept_labels(self.obj)
         ends = {0, len(self.obj)-1}
         if found is None or any(found[i] != _whole_number(self.pair(i)[1], i) for i in ends):
@@ -237,11 +250,11 @@ def _content(obj, i:int) -> str:
     "What can be said of a picture without reading it"
     if _inside(obj) is not None: return _content(_inside(obj), int(obj.indices[i]))
     if getattr(obj, '_fingerprint', None): return f'{obj._fingerprint}'
-    if hasattr(obj, 'samples') and isinstance(obj.samples[i][0], (str, Path)):
+    if isinstance(obj, DatasetFolder):
         path = str(obj.samples[i][0])
-        return f"{_below(path, getattr(obj, 'root', ''))} {os.path.getsize(path)}"
-    pixels = getattr(obj, 'data', None)
-    if pixels is None and getattr(obj, 'tensors', None): pixels = obj.tensors[0]
+        return f'{below(path, obj.root)} {os.path.getsize(path)}'
+    pixels = obj.tensors[0] if isinstance(obj, TensorDataset) else getattr(obj, 'data', None)
+    if isinstance(pixels, torch.Tensor): pixels = pixels.detach().cpu()
     if isinstance(pixels, (np.ndarray, torch.Tensor)) and len(pixels) == len(obj):
         return f'{zlib.crc32(np.ascontiguousarray(pixels[i]).tobytes())}'
     return ''
@@ -256,14 +269,14 @@ class _Objects:
         try: return self.parts[part].picture(int(i))
         except DataError: raise
         except Exception as e: # their code
-            raise DataError(f'cannot read picture {i} of the {part} part ({_said(e, 200)})') from e
+            raise DataError(f'cannot read picture {i} of the {part} part ({said(e, 200)})') from e
 
     def mark(self, path:str) -> str:
         part, i = path.split('/')
         try: return f'{part} {self.parts[part].mark(int(i))}'
         except DataError: raise
         except Exception as e: # their code
-            raise DataError(f'cannot read pictures of the {part} part ({_said(e, 200)})') from e
+            raise DataError(f'cannot read pictures of the {part} part ({said(e, 200)})') from e
 
 def _parts(obj, test) -> dict[str, object]:
     "The objects by part, each with items by number. Raises DataError"
@@ -278,8 +291,8 @@ def _parts(obj, test) -> dict[str, object]:
     for name, part in parts.items():
         if not (hasattr(part, '__len__') and hasattr(part, '__getitem__')):
             kind = type(part).__name__
-            raise DataError(f'the {name} part is a {kind}, which gives no item by its number; '
-                            'give a data set with __len__ and __getitem__')
+            raise DataError(f'the {name} part is of type {kind}, which gives no item by its '
+                            'number; give a data set with __len__ and __getitem__')
         if not len(part): raise DataError(f'the {name} part has no pictures')
     return parts
 
@@ -300,16 +313,17 @@ def as_dataset(
     if isinstance(obj, DataSet):
         if classnames is None or list(classnames) == obj.classnames: return obj
         raise DataError(f"'{obj.name}' has class names of its own; leave classnames out")
+    if isinstance(obj, str): raise DataError(f"'{obj}' is a name or a path; load_dataset reads it")
     objects = _parts(obj, test)
     own = {part: _class_names(o) for part, o in objects.items()}
-    said = [names for names in own.values() if names]
-    if any(names != said[0] for names in said):
+    known = [names for names in own.values() if names]
+    if any(names != known[0] for names in known):
         raise DataError('the parts call their classes differently; give parts of one data set')
     name = name or _name(objects['train'])
-    if classnames is None and not said:
+    if classnames is None and not known:
         raise DataError(f"'{name}' does not say what its classes are called; "
                         'give classnames=[...], in order of the labels')
-    names = said[0] if classnames is None else [words(str(c)) for c in classnames]
+    names = known[0] if classnames is None else [words(str(c)) for c in classnames]
     parts = {part: _Part(o) for part, o in objects.items()}
     items = {part: _items(part, parts[part]) for part in parts}
     return DataSet(name, names, items['train'], items.get('test', []), val=items.get('val', []),

@@ -23,12 +23,12 @@ from tqdm.auto import tqdm
 from .backbone import Backbone, load_backbone
 from .data import DataSet
 from .files import check_writable, write_safely
+from .hooks import shows_bars
 from .learner import Recipe
 from .methods import find_method
 from .protocols import (Method, apart, draw, mark_of, protocol, read_records, record,
     run_id, second_set, usual_shots, write_record)
 from .sets import find_data, split_name
-from .hooks import shows_bars
 
 # %% ../nbs/19b_sweep.ipynb #22-007
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from .backbone import Backbone, nearest
 from .coop import CoOp
+from .evaluation import Evaluation
 from .learner import Recipe
 from .prompts import AUTO, Given
-from .evaluation import Evaluation
 
 # %% ../nbs/18_variational.ipynb #18-007
 class GlobalPosterior(nn.Module):

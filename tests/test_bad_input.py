@@ -23,7 +23,7 @@ from clipprompt.sets import load_dataset
 from clipprompt.files import write_safely
 from clipprompt.learner import Recipe, read_prompts
 from clipprompt.prompts import phrase_tokens
-from clipprompt.protocols import PROTOCOLS, Method, protocol
+from clipprompt.protocols import PROTOCOLS, protocol
 from clipprompt.methods import find_method, load as load_prompts
 from clipprompt.report import compare
 from clipprompt.evaluation import evaluate
@@ -238,7 +238,7 @@ def test_results_folder_is_a_file(photos, tmp_path):
 
 
 def test_prompt_file_is_checked_before_training(photos, barred, monkeypatch):
-    monkeypatch.setattr(Method, 'train', never)
+    monkeypatch.setattr('clipprompt.cli.fit', never)
     refused('train', photos, '--out', barred/'p.safetensors',
             says=['cannot write', 'choose a folder you may write to'])
     refused('train', photos, '--out', photos, says=['cannot write', 'photos'])  # a folder
@@ -494,22 +494,21 @@ def no_bytes(tmp):
     return tmp/'a.png', ['cannot read', 'a.png', '--skip-broken']
 
 @pytest.mark.parametrize('make', [no_pictures, no_match, no_file, no_picture, no_bytes])
-@pytest.mark.parametrize('form', ['text', 'json', 'csv'])
+@pytest.mark.parametrize('form', ['txt', 'json', 'csv'])
 def test_predict_without_a_picture(prompts, tmp_path, make, form):
     "Nothing is written, neither to standard output nor to a file"
     what, says = make(tmp_path)
-    r = refused('predict', prompts/'coop.safetensors', what, '--format', form, says=says)
-    refused('predict', prompts/'coop.safetensors', what, '--format', form, '--out', tmp_path/'out',
-            says=says)
-    assert r.out == '' and not (tmp_path/'out').exists()
+    more = ['--json'] if form == 'json' else []
+    r = refused('predict', prompts/'coop.safetensors', what, *more, says=says)
+    refused('predict', prompts/'coop.safetensors', what, '--out', tmp_path/f'out.{form}', says=says)
+    assert r.out == '' and not (tmp_path/f'out.{form}').exists()
 
 
-@pytest.mark.parametrize('form', ['text', 'json', 'csv'])
-def test_predict_when_nothing_can_be_read(prompts, tmp_path, form):
+@pytest.mark.parametrize('more', [[], ['--json']], ids=['text', 'json'])
+def test_predict_when_nothing_can_be_read(prompts, tmp_path, more):
     for i in range(2): (tmp_path/f'{i}.png').write_text('x')
     from helpers import clipprompt
-    r = clipprompt('predict', prompts/'coop.safetensors', tmp_path, '--skip-broken', '--format',
-                   form)
+    r = clipprompt('predict', prompts/'coop.safetensors', tmp_path, '--skip-broken', *more)
     assert r.code == 1, r
     assert [l.split(':')[0] for l in r.said] == ['skipped', 'skipped', 'error'], r
     assert 'none of the 2 images' in r.said[2], r
@@ -543,7 +542,7 @@ def test_predict_checks_the_place_first(prompts, photos, barred, tmp_path, monke
             says=['cannot write', 'is a folder', 'choose a file name'])
 
 
-@pytest.mark.parametrize('args', [('--format', 'xml'), ('--batch', '0'), ('--batch', 'x'),
+@pytest.mark.parametrize('args', [('--jsn', ), ('--batch', '0'), ('--batch', 'x'),
                                   ('--top', '0')],
                          ids=' '.join)
 def test_predict_usage(prompts, photos, args):

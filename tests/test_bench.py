@@ -8,7 +8,8 @@ import torch
 
 import clipprompt.bench as module
 from clipprompt.backbone import assets
-from clipprompt.bench import CASES, bench, bench_clip, bench_names, peaks, plot_speed, speed_table
+from clipprompt.bench import (CASES, bench, bench_clip, bench_names, bench_scale, peaks, plot_speed,
+                              products, speed_table)
 from helpers import refused, works
 
 KEYS = {'case', 'plain_s', 'fast_s', 'ratio', 'plain_mb', 'fast_mb', 'device'}
@@ -45,7 +46,7 @@ def test_a_difference_is_seen(monkeypatch):
 @pytest.mark.stress
 def test_the_command_writes_documented_rows(tmp_path):
     r = works('bench', '--quick', '--cases', 'coop-m16-c1000,vpt-deep', '--repeats', '2',
-              '--device', 'cpu', '--json', tmp_path/'new'/'speed.json')
+              '--device', 'cpu', '--out', tmp_path/'new'/'speed.json')
     rows = json.loads((tmp_path/'new'/'speed.json').read_text())
     assert [row['case'] for row in rows] == ['coop-m16-c1000', 'vpt-deep']
     assert all(row['case'] in r.out for row in rows)
@@ -72,6 +73,49 @@ def test_stored_results_are_whole():
     assert len(plot_speed(rows).axes) == 2
 
 
+def test_the_floor_is_the_products_of_a_step():
+    "As many operations as the step's linear layers and nothing else, also in the towers"
+    linear = torch.nn.Linear(8, 4)
+    def step(): linear(torch.ones(3, 8, requires_grad=True)).relu().sum().backward()
+    for step, share in ((step, (1, 1)), (CASES['vpt-deep'].steps(bench_clip(True, 'cpu'))['fast'],
+                                         (.8, 1))):
+        floor = products(step, torch.device('cpu'))
+        with module.FlopCounterMode(display=False) as whole: step()
+        with module.FlopCounterMode(display=False) as alone: floor()
+        assert share[0] <= alone.get_total_flops()/whole.get_total_flops() <= share[1]
+
+
+def test_rows_without_a_floor_can_be_shown():
+    "Those of earlier versions"
+    rows = pd.read_json(assets()/'results-speed.json').drop(columns='above_floor', errors='ignore')
+    assert set(speed_table(rows).above_floor) == {'-'}
+    assert speed_table(rows.assign(above_floor=1.234)).above_floor[0] == '1.23x'
+
+
+def test_the_road_of_many_classes(tmp_path, monkeypatch):
+    """Every step does what it says; evaluation of pictures x classes beyond the limit keeps no
+    logits"""
+    kept = []
+    def spied(*args, **kwargs):
+        kept.append(evaluate(*args, **kwargs).all_logits)
+        return evaluate(*args, **kwargs)
+    evaluate = module.evaluate
+    monkeypatch.setattr(module, 'evaluate', spied)
+    monkeypatch.setattr('clipprompt.training.LOGITS', 100)
+    road = module._road(module._empty_files(tmp_path, 60), 12)
+    done = {name: step() for name, step in road.items()}
+    assert list(done) == ['load', 'draw', 'base and new', 'fingerprint', 'bind', 'evaluate']
+    assert len(done['fingerprint']) == 16 and kept == [None]
+    with pytest.raises(ValueError, match='4 pictures to a class'): bench_scale(10, 5)
+
+
+def test_stored_road_is_short():
+    "100,000 pictures of 21,000 classes: seconds, and far less memory than all logits (8,400 MB)"
+    road = pd.read_json(assets()/'results-scale.json')
+    assert set(road['items']) == {100_000} and set(road.classes) == {21_000}
+    assert (road.mb < 2000).all()
+
+
 def test_memory_of_a_killed_process_is_unknown(monkeypatch):
     monkeypatch.setattr(
         module.subprocess, 'run',
@@ -84,6 +128,6 @@ def test_memory_of_a_killed_process_is_unknown(monkeypatch):
     (['--cases', ','], ['--cases is empty', 'at least one']),
     (['--quick', '--device', 'gpu'], ["device 'gpu'", 'use cpu']),
     (['--precision', 'half'], ["precision 'half'", 'bf16']),
-    (['--json', '/proc/no/speed.json', '--quick'], ['cannot write', 'choose a folder']),
+    (['--out', '/proc/no/speed.json', '--quick'], ['cannot write', 'choose a folder']),
 ])
 def test_errors_of_one_line(args, says): refused('bench', *args, says=says)

@@ -1,5 +1,6 @@
 """Chapter 04: splits and shots are the papers', transforms do what they say, and bad data gets one
 line that helps."""
+import hashlib
 import json
 import math
 import os
@@ -8,8 +9,10 @@ import random
 import warnings
 import zipfile
 from collections import Counter
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from io import BytesIO
+from pathlib import Path
+from time import process_time
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,9 +24,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from clipprompt.data import (DOMAINS, DataError, DataNotFound, DataSet, ENSEMBLE, Item,
-                             PICTOGRAM_TEMPLATES, TEMPLATES, edge_map, pixelate, rotate90,
+from clipprompt.data import (DOMAINS, DataError, DataNotFound, DataSet, ENSEMBLE, Files,
+                             Item, PICTOGRAM_TEMPLATES, TEMPLATES, edge_map, pixelate, rotate90,
                              template_of, test_transform, to_rgb, train_transform)
+from clipprompt.disk import all_broken
 from clipprompt.sets import TASKS, load_dataset
 
 CLIP = SimpleNamespace(image_size=32, mean=(.48, .46, .41), std=(.27, .26, .28),
@@ -230,6 +234,93 @@ def test_metaprompt_averages_eight_on_imagenet():
 def test_an_unknown_paper_is_named():
     with pytest.raises(DataError, match="unknown paper 'cop': did you mean 'coop'"):
         template_of('dtd', 'cop')
+
+
+# ---- scale ---------------------------------------------------------------------------------------
+
+class Nowhere:
+    "Marks without files, counted"
+    def __init__(self): self.asked = Counter()
+
+    def mark(self, path):
+        self.asked[path] += 1
+        return path
+
+
+def big(n, classes, **kwargs):
+    items = [Item(f'{i}.jpg', i % classes, f'look {i % 3}') for i in range(n)]
+    names = [f'class {c}' for c in range(classes)]
+    return DataSet('big', names, items, items[:n//2], source=Nowhere(), val=items[:n//3], **kwargs)
+
+
+def test_items_are_small():
+    items = big(30, 3).train
+    assert not hasattr(items[0], '__dict__')
+    assert len({id(i.domain) for i in items}) == 3   # one string for each domain
+    again = pickle.loads(pickle.dumps(items))
+    assert again == items and len({id(i.domain) for i in again}) == 3
+    with pytest.raises(FrozenInstanceError): items[0].label = 1
+
+
+@pytest.mark.parametrize('by_domain', [False, True])
+def test_nothing_grows_with_pictures_times_classes(by_domain):
+    start = process_time()
+    data = big(15_000, 5_000, by_domain=by_domain)
+    few = data.few_shot(1, allow_fewer=True)
+    base, new = data.base(), data.new()
+    prints = {d.fingerprint for d in (data, few, base, new)}
+    assert process_time() - start < 4   # 75 million steps would take longer
+    assert len(prints) == 4 and len(base.train) == len(new.train) == 7_500
+    assert len(few.train) == (15_000 if by_domain else 5_000)
+
+
+def test_a_file_is_looked_at_once():
+    data = big(60, 3)
+    data.few_shot(2)
+    assert not data.source.asked   # only for a fingerprint
+    few, new = data.few_shot(4), replace(data, classnames=list('abcd')).new()
+    prints = [few.fingerprint, data.fingerprint, data.base().fingerprint, data.fingerprint]
+    assert len(data.source.asked) == 60 and set(data.source.asked.values()) == {1}
+    assert prints[1] == prints[3] and len(set(prints)) == 3
+    assert new.fingerprint not in prints
+
+
+def test_what_was_changed_is_looked_at_again():
+    data = big(60, 3)
+    before = data.fingerprint
+    data.train = data.train[1:]
+    assert data.fingerprint != before
+    again = pickle.loads(pickle.dumps(data))
+    assert not {'fingerprint', '_looked'} & set(vars(again))
+    assert again.fingerprint == data.fingerprint
+
+
+def test_a_fingerprint_is_that_of_the_first_edition(tmp_path):
+    "Stored results and caches find their data again"
+    paths = [tmp_path/'a'/f'{i}.png' for i in range(2)]
+    (tmp_path/'a').mkdir()
+    for i, path in enumerate(paths): path.write_bytes(b'x'*(i+1))
+    items = [Item(str(path), i) for i, path in enumerate(paths)]
+    data = DataSet('toy', ['a', 'b'], items, items[:1], source=Files(str(tmp_path)))
+    marks = [['a/0.png 1', 0], ['a/1.png 2', 1]]
+    parts = ['toy', ['a', 'b'], marks, marks[:1], 'as_drawn']
+    assert data.fingerprint == hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def test_broken_pictures_in_order_whichever_thread_is_first(folder):
+    paths = [str(p) for p in sorted(folder.glob('*/*.png'))]*40   # several packs
+    for path in set(paths[1::5]): Path(path).write_bytes(b'')
+    one, many = (all_broken(paths, threads) for threads in (1, 8))
+    assert list(one.items()) == list(many.items())
+    assert set(one) == {p for p in paths if os.path.getsize(p) == 0}
+
+
+def test_looking_leaves_warnings_as_they_were(folder, monkeypatch):
+    before = list(warnings.filters)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 300)   # pictures have 400: a warning
+    path = str(next(folder.glob('*/*.png')))
+    assert 'million pixels' in all_broken([path])[path]
+    assert warnings.filters == before
 
 
 # ---- what ships ----------------------------------------------------------------------------------

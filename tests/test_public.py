@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
-from clipprompt import data as data_module
+from clipprompt import data as data_module, public as public_module
 from clipprompt.data import DataError, DataNotFound, TEMPLATES, join, template_of, test_transform
 from clipprompt.public import PUBLIC
 from clipprompt.sets import TASKS, load_dataset
@@ -553,7 +553,7 @@ def test_other_published_splits(tmp_path, monkeypatch, name, file):
     home = folder.parent if PUBLIC[name].images else folder
     packed = (SHELF/'splits'/f'split_zhou_{file}.json.gz').read_bytes()
     (home/PUBLIC[name].split).write_bytes(gzip.decompress(packed))
-    monkeypatch.setattr(data_module, '_missing', lambda paths: [])
+    monkeypatch.setattr(public_module, 'missing', lambda paths: [])
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         data = load_dataset(name, root=tmp_path)

@@ -732,7 +732,7 @@ def test_a_domain_of_a_table_is_a_task(photos, tmp_path, monkeypatch):
     refused('train', 't.csv', '--sources', 'rest', says=['task', 'a, b'])
     refused('train', 't.csv', '--budget', 'big', says=["unknown budget 'big'"])
     refused('compare', '--protocol', 'domain', '--task', 't.csv',
-            says=["not 't.csv'", 'photos.csv/sketch'])
+            says=["t.csv'", 'photos.csv/sketch'])
     refused('compare', '--task', 't.csv/c', says=["'c'", 'a, b'])
     refused('compare', '--task', 'u.csv/c', says=['u.csv/c', 'check the path'])
 

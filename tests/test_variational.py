@@ -9,9 +9,9 @@ import clipprompt.variational as module
 from clipprompt.check import check_learner
 from clipprompt.sets import load_dataset
 from clipprompt.deep import IVLP
+from clipprompt.evaluation import Evaluation, evaluate
 from clipprompt.learner import Recipe
 from clipprompt.mudpt import MuDPT
-from clipprompt.evaluation import Evaluation, evaluate
 from clipprompt.training import fit
 from clipprompt.variational import (Variational, VariationalCoCoOp, VariationalCoOp, ece, entropy,
                                     kl, log_mean, novelty, reliability)

@@ -15,7 +15,8 @@ from clipprompt.metaprompt import MetaPrompt, TwoPairs
 from clipprompt.protocols import Method
 from clipprompt.provp import ProVP, ProVPRef
 from clipprompt.sets import load_dataset
-from clipprompt.training import encode, evaluate, fit
+from clipprompt.evaluation import encode, evaluate
+from clipprompt.training import fit
 from clipprompt.zeroshot import (GAMMAS, BestTemplate, LinearProbe, Templated, ZeroShot, best_gamma,
                                  best_template, logistic_regression)
 from helpers import one_line, shapes, tiny_clip
@@ -115,7 +116,8 @@ def test_best_of_the_given(clip, photos):
                 for t in given}
     learner = BestTemplate(clip, photos.classnames, given)
     fit(learner, photos, progress=False)
-    assert learner.templates == [max(given, key=accuracy.get)] == [best_template(clip, photos, given)]
+    best = max(given, key=accuracy.get)
+    assert learner.templates == [best] == [best_template(clip, photos, given)]
     again = BestTemplate(clip, photos.classnames, given[::-1])
     again.prepare(photos); again.prepare(photos)
     assert accuracy[again.templates[0]] == accuracy[learner.templates[0]]
