@@ -244,8 +244,8 @@ def compare_command(
                      tasks[0].partition('/')[0])
     backbone = load_backbone(model, pretrained, device, precision=precision,
                              cache=cache or out_dir/'features')
-    err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, "
-              f"shots {','.join(map(str, ks))}, seeds {seeds}; budget: {spent or 'nothing to train'}")
+    err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, shots "
+              f"{','.join(map(str, ks))}, seeds {seeds}; budget: {spent or 'nothing to train'}")
     rows = compare(names, numbers, ks, protocol_name, tasks, backbone, out=out_dir, root=root,
         skip_broken=skip_broken, targets=_targets(targets), **what)
     plot(rows).savefig(out_dir/'compare.png')
