@@ -717,7 +717,7 @@ def test_no_bar_where_nobody_looks(photos, tmp_path):
     assert (tmp_path/'log').read_text().splitlines() == lines
     r = works('compare', '--task', photos, '--methods', 'coop', '--protocol', 'few-shot', '--shots',
               2, '--epochs', 1, '--out', tmp_path/'out')
-    assert '\r' not in r.err and 'epoch 1 of 1' in r.err, r
+    assert '\r' not in r.err and 'run 1 of 1' in r.err, r
 
 
 def test_how_the_text_tower_computes_changes_nothing(photos, tmp_path):
