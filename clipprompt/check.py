@@ -930,7 +930,7 @@ def _bad_input(t):
           'keep a column for each name')
 
 # %% ../nbs/08_check.ipynb #08-053
-_ALL = [_logits, _random_state, _rebuild, _number_of_tokens, _parameters, _class_list, _repeats,
+_ALL = [_logits, _random_state, _rebuild, _parameters, _class_list, _number_of_tokens, _repeats,
         _gradients, _finite_differences, _fast_path, _copies, _moves, _prepare, _frozen, _seed,
         _batch_independence, _class_order, _underscores, _flags, _features, _other_classes,
         _training_step, _learns, _not_finite, _half_precision, _save_and_load, _recipe,

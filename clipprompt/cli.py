@@ -178,6 +178,10 @@ def _settings(pairs:list[str]|None) -> dict[str, str]:
         found[name] = value.strip()
     return found
 
+def _must_be_known(select:str|None):
+    "A wrong name is refused also where nothing is trained"
+    if select: Recipe(select=select)
+
 # %% ../nbs/40_cli.ipynb #40-011c
 def _spent(recipe:Recipe) -> str:
     "A budget in words"
@@ -235,6 +239,7 @@ def compare_command(
     clipprompt compare --task caltech101 --backbone ViT-B-16 --pretrained openai --budget paper
     """
     protocol(protocol_name)
+    _must_be_known(select)
     if quick: shots, epochs = shots or '2', epochs or 2
     names, tasks = _list(methods, what='methods'), _tasks(task)
     numbers, given = _list(seeds, int, 'seeds'), _settings(settings)
@@ -244,8 +249,8 @@ def compare_command(
                      tasks[0].partition('/')[0])
     backbone = load_backbone(model, pretrained, device, precision=precision,
                              cache=cache or out_dir/'features')
-    err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, "
-              f"shots {','.join(map(str, ks))}, seeds {seeds}; budget: {spent or 'nothing to train'}")
+    err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, shots "
+              f"{','.join(map(str, ks))}, seeds {seeds}; budget: {spent or 'nothing to train'}")
     rows = compare(names, numbers, ks, protocol_name, tasks, backbone, out=out_dir, root=root,
         skip_broken=skip_broken, targets=_targets(targets), **what)
     plot(rows).savefig(out_dir/'compare.png')
@@ -327,6 +332,7 @@ def sweep_command(
     if not ray and (cpus is not None or gpus is not None):
         raise ValueError('--cpus and --gpus share out a Ray cluster; '
                          'add --ray local, or leave them out')
+    _must_be_known(select)
     out_dir = out_dir.expanduser()
     runs = grid(_list(methods, what='methods'), _tasks(task), _list(protocols, what='protocol'),
         None if shots is None else _list(shots, int, 'shots'), _list(seeds, int, 'seeds'),
@@ -491,6 +497,7 @@ def train(
     _may_write(out_file, checkpoint)
     if log: check_writable(log)
     if epochs: settings['epochs'] = epochs
+    _must_be_known(select)
     if select: settings['select'] = select
     find_method(method, budget, hparams=settings)
     backbone = load_backbone(model, pretrained, device, precision=precision, cache=cache)

@@ -209,7 +209,8 @@ def evaluate(
         raise ValueError(f'{learner.method} gives logits that are not finite on {data.name}; look '
                          'at the prompts, or use another precision')
     predicted, ranks, labels = (torch.cat(t).cpu() for t in (predicted, ranks, labels))
-    return Evaluation(predicted, ranks, labels, n_classes, torch.cat(all_logits) if logits else None)
+    kept = torch.cat(all_logits) if logits else None
+    return Evaluation(predicted, ranks, labels, n_classes, kept)
 
 def _batches(learner, data, split, batch_size, features, workers, progress):
     "Image features and labels, a batch at a time"

@@ -132,6 +132,10 @@ class Reading:
         longest = int(sentences.eot.max())+1    # nothing behind the longest EOT is read
         self.ids = sentences.ids[:, :longest]   # [C, L]
 
+    def to(self, device:torch.device):
+        "Token ids follow; keys and values are made there, `template` knows for which device"
+        self.ids, self.eot = self.ids.to(device), self.eot.to(device)
+
     def _words(self, c:slice) -> Tensor: # [C, L, d_t]
         positions = self.tower.clip.positional_embedding[:self.ids.shape[1]]
         return self.tower.backbone.embed(self.ids[c]) + positions
@@ -292,8 +296,7 @@ class MAPDAFE(PromptLearner):
     def _apply(self, fn, recurse=True):
         "To another device: what reads the sentences follows them"
         super()._apply(fn, recurse)
-        if hasattr(self, 'reading') and self.reading.eot.device != self.sentences.eot.device:
-            self.reading = Reading(self.text, self.sentences, self.reading.text, self.reading.p2p)
+        if hasattr(self, 'reading'): self.reading.to(self.sentences.ids.device)
         return self
 
     def text_features(self) -> Tensor: # [C, E], unit rows

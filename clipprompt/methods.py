@@ -109,7 +109,8 @@ def settings_of(cls:type,
     takes, steps = _types(cls), typing.get_type_hints(Recipe)
     hparams, changes = {}, {}
     for name, value in dict(pairs).items():
-        if name == 'seed': raise ValueError('seed is no setting; each run has one (--seed, --seeds)')
+        if name == 'seed':
+            raise ValueError('seed is no setting; each run has one (--seed, --seeds)')
         if name in takes: hparams[name] = _read(name, value, takes[name])
         elif name in steps: changes[name] = _read(name, value, steps[name])
         else:

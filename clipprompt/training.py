@@ -91,9 +91,9 @@ class Training:
         precision = precision_of(self.learner.backbone)
         cure = 'lower the learning rate'
         if precision == 'fp16': cure += ' or use precision bf16 or none'
-        return FloatingPointError(f'epoch {epoch}, step {step+1}: the loss is {losses[step].item()} '
-                                  f'at learning rate {self._rate():g} and precision {precision}; '
-                                  f'{cure}')
+        loss, rate = losses[step].item(), self._rate()
+        return FloatingPointError(f'epoch {epoch}, step {step+1}: the loss is {loss} at learning '
+                                  f'rate {rate:g} and precision {precision}; {cure}')
 
 def precision_of(backbone:Backbone) -> str:
     "In what the towers compute"

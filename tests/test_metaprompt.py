@@ -168,8 +168,8 @@ def test_v7_v8_v9_modes_by_hand(clip, batch, split, mode):
         here, there = (batch if split == 'domain' else batch[:3]), dict(plain.named_parameters())
         loss = learner.training_step(here, opt)
         # step (A)
-        step = super(MetaPrompt, plain).training_step(here, opt2)
-        assert step == pytest.approx(loss.item(), rel=1e-12)
+        ordinary = super(MetaPrompt, plain).training_step(here, opt2)
+        assert ordinary.item() == pytest.approx(loss.item(), rel=1e-12)
         tokens, lr = there[name], .05
         others = {k: v.detach().clone() for k, v in there.items() if k != name}
         start, total = tokens.detach().clone(), 0
@@ -346,8 +346,8 @@ def test_resuming_draws_the_same_groups(joined, tmp_path):
 def test_a_plain_run_is_not_resumed_with_episodes(tmp_path):
     picto, data = tiny_clip(), load_dataset().base().few_shot(1)
     recipe = Recipe(epochs=1, views=1)
-    coop = CoOp(picto, data.classnames, n_ctx=1)
-    fit(coop, data, recipe, checkpoint=tmp_path/'c', progress=False)
+    fit(CoOp(picto, data.classnames, n_ctx=1), data, recipe, checkpoint=tmp_path/'c',
+        progress=False)
     with pytest.raises(ValueError) as e:
         fit(EpisodicCoOp(picto, data.classnames, n_ctx=1), data, recipe, checkpoint=tmp_path/'c',
             progress=False)

@@ -111,7 +111,7 @@ def test_the_wheel_has_the_package_the_data_and_nothing_else(tmp_path):
     assert r.returncode == 0, r.stderr
     (wheel,) = tmp_path.glob('*.whl')
     inside = {n for n in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in n}
-    code = {f'clipprompt/{p.name}' for p in (ROOT/'clipprompt').glob('*.py')}
+    code = {f'clipprompt/{p.name}' for p in (ROOT/'clipprompt').glob('*.py*') if p.is_file()}
     data = {f'clipprompt/assets/{p.relative_to(ROOT/"data").as_posix()}'
             for p in (ROOT/'data').rglob('*') if p.is_file()}
     assert inside == code | data | {'clipprompt/py.typed'}
