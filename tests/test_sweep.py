@@ -724,11 +724,11 @@ def test_a_domain_of_a_table_is_a_task(photos, tmp_path, monkeypatch):
                     progress=False).iloc[0].to_dict()
     for k in ('run', 'accuracy', 'hits_accuracy'): assert again[k] == by['coop', 'domain'][k]
     assert rerun(by['coop', 'domain'])['accuracy'] == again['accuracy']
-    alone, apart = (works('train', 't.csv', '--task', 'b', *more, '--shots', '2', '--epochs',
+    alone, apart = (works('train', 't.csv/b', *more, '--shots', '2', '--epochs',
                           '1').out for more in ((), ('--sources', 'rest')))
     assert '4 classes, 8 training and 4 test pictures' in alone
     assert '4 classes, 8 training and 12 test pictures' in apart
-    refused('train', 't.csv', '--task', 'b', '--sources', 'c', says=["'c'", 'a, b'])
+    refused('train', 't.csv/b', '--sources', 'c', says=["'c'", 'a, b'])
     refused('train', 't.csv', '--sources', 'rest', says=['task', 'a, b'])
     refused('train', 't.csv', '--budget', 'big', says=["unknown budget 'big'"])
     refused('compare', '--protocol', 'domain', '--task', 't.csv',
