@@ -329,8 +329,9 @@ def record(
     targets = targets or []
     marks = [mark_of(data, recipe, mark), *(t.fingerprint for t in targets)]
     if method.label: row['learner'] = method.cls.method  # by which its class is found
-    row |= dict(hparams=method.hparams, recipe=asdict(recipe), data=data.origin,
+    made = dict(hparams=method.hparams, recipe=asdict(recipe), data=data.origin,
                 split=data.split or None, targets=[t.origin for t in targets], marks=marks)
+    row |= json.loads(json.dumps(made))  # as it will be read: lists, no tuples
     run = run_id(method, recipe, protocol_name, marks[0], shots, seed, backbone, marks[1:])
     return row | about_backbone(backbone) | about_machine(backbone.device) | dict(run=run)
 
