@@ -27,7 +27,7 @@ from typer import Argument, Option
 
 from . import __version__
 from .backbone import load_backbone
-from .bench import CASES, bench, speed_table
+from .bench import CASES, bench, bench_scale, speed_table
 from .data import DOMAINS, DataSet
 from .evaluation import evaluate
 from .files import check_writable, write_safely
@@ -671,6 +671,9 @@ def bench_command(
         help='three small blocks in place of ViT-B/16: does everything run?')]=False,
     repeats:Annotated[int, Option(min=1,
         help='timed rounds; fewer where they take minutes')]=5,
+    scale:Annotated[bool, Option('--scale',
+        help='instead: seconds and memory around training, with 100,000 pictures of 21,000 '
+             'classes (with --quick a hundredth of both)')]=False,
     as_json:Json=False,
     out_file:Annotated[Path|None, Option('--out',
         help='write one row per case there, after each case (.json)')]=None,
@@ -682,15 +685,17 @@ def bench_command(
     Examples:
     clipprompt bench --quick
     clipprompt bench --cases coop-m16-c100,vpt-deep --out speed.json
+    clipprompt bench --scale
     """
     if old: raise ValueError(f'--json prints to standard output now; write --out {old} for a file')
     if out_file and out_file.suffix != '.json':
         raise ValueError(f'--out {out_file}: rows are written as JSON; '
                          'give a name that ends in .json')
-    rows = bench(_list(cases, what='cases'), quick, repeats, device, precision, out_file,
-                 progress=shows_bars())
+    if scale: rows = bench_scale(*((1_000, 210) if quick else ()), out=out_file)
+    else: rows = bench(_list(cases, what='cases'), quick, repeats, device, precision, out_file,
+                       progress=shows_bars())
     if as_json: _print_json(dict(rows=rows.to_dict('records')))
-    else: _show(speed_table(rows))
+    else: _show(rows.round(2) if scale else speed_table(rows))
     if out_file: _for_people(as_json).print(f'wrote {out_file}')
 
 # %% ../nbs/40_cli.ipynb #40-035
