@@ -267,8 +267,10 @@ def _read_checkpoint(path:Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     except SafetensorError as e:
         raise ValueError(f'checkpoint {path} is damaged, or no checkpoint ({e}); '
                          'give another file, or delete it to start anew') from None
-    if not {'run', 'state'} <= meta.keys():
-        raise ValueError(f'{path} is no checkpoint of this version; give another file')
+    if 'run' not in meta: raise ValueError(f'{path} is no checkpoint; give another file')
+    if 'state' not in meta:
+        raise ValueError(f'checkpoint {path} is of an older version; give another file, '
+                         'or delete it to start anew')
     return meta, state
 
 def _must_be_the_same(path:Path, theirs:dict, ours:dict):

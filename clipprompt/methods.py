@@ -23,7 +23,6 @@ from .cocoop import CoCoOp
 from .coop import CoOp
 from .deep import IVLP, VPT, MaPLe
 from .figures import colour, marker
-from .hub import local_prompts
 from .learner import PromptLearner, Recipe, read_prompts
 from .map_dafe import MAPDAFE
 from .metaprompt import MetaPrompt
@@ -178,11 +177,10 @@ def load(
 
     Raises FileNotFoundError, ValueError, or ConnectionError where the hub is out of reach.
     """
-    file = local_prompts(path)
-    meta, _ = read_prompts(file)
+    meta, _ = read_prompts(path)
     cls = cls or _class_of(f'{path} holds prompts', meta['method'])
     if backbone is None: backbone = _backbone_of(path, meta['backbone'], **where)
-    return cls.load(file, backbone).eval()
+    return cls.load(path, backbone).eval()
 
 def _class_of(what:str, name:str) -> type:
     "The class of a method that a file names"

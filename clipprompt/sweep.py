@@ -364,10 +364,10 @@ def sweep(
     if backend == 'ray': _installed_ray()
     with nullcontext(out) if out else TemporaryDirectory(prefix='clipprompt-') as folder:
         folder = Path(folder).expanduser().absolute()
-        check_writable(folder/'records'/'check')
         cache = Path(cache or folder/'features').expanduser().absolute()
         store = store or Store(cache, backbone)
         check_runs(runs, store)
+        check_writable(folder/'records'/'check')
         hand_out = _here if backend == 'here' else _ray
         how = dict(cpus=cpus, gpus=gpus, address=address, progress=progress)
         def start(todo): return hand_out(todo, folder, retries, store, patience, **how)

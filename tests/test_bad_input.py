@@ -581,7 +581,7 @@ def test_tracker_that_cannot_be_written(photos, barred, tmp_path):
 
 def test_checkpoint_is_checked_before_the_first_epoch(photos, barred, tmp_path, monkeypatch):
     from clipprompt import training
-    monkeypatch.setattr(training, '_train', never)
+    monkeypatch.setattr(training.Training, '_epoch', never)
     for place in (barred, f'{barred}/'):
         refused('train', photos, '--shots', 2, '--epochs', 1, '--out', tmp_path/'p',
                 '--checkpoint', place, says=['cannot write', 'choose a folder you may write to'])

@@ -101,7 +101,7 @@ def test_the_road_of_many_classes(tmp_path, monkeypatch):
         return evaluate(*args, **kwargs)
     evaluate = module.evaluate
     monkeypatch.setattr(module, 'evaluate', spied)
-    monkeypatch.setattr('clipprompt.training.LOGITS', 100)
+    monkeypatch.setattr('clipprompt.evaluation.LOGITS', 100)
     road = module._road(module._empty_files(tmp_path, 60), 12)
     done = {name: step() for name, step in road.items()}
     assert list(done) == ['load', 'draw', 'base and new', 'fingerprint', 'bind', 'evaluate']

@@ -30,8 +30,8 @@ METHODS = {
     c.__name__: c
     for m in MODULES
     for c in vars(m).values()
-    if isinstance(c, type) and issubclass(c, PromptLearner) and c is not PromptLearner
-    and c.__module__ == m.__name__
+    if isinstance(c, type) and issubclass(c, PromptLearner)
+    and c.method != PromptLearner.method and c.__module__ == m.__name__
 }
 WORDS = dict(ctx_init='a photo of a')
 DRAWN = 'VariationalCoOp', 'VariationalCoCoOp'   # ten draws by default: slow

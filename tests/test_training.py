@@ -149,8 +149,8 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from clipprompt import hooks, training
 from clipprompt.coop import CoOp
-
 from clipprompt.learner import Recipe
+from clipprompt.sets import load_dataset
 from helpers import tiny_clip
 
 folder, checkpoint, when, threads, tracker = sys.argv[2:]
@@ -229,11 +229,10 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from clipprompt import hooks, training
 from clipprompt.coop import CoOp
-
 from clipprompt.deep import VPT
-from clipprompt.learner import PromptLearner, Recipe
-from clipprompt.sets import load_dataset
+from clipprompt.learner import Recipe
 from clipprompt.metaprompt import MetaPrompt
+from clipprompt.sets import load_dataset
 from clipprompt.variational import VariationalCoOp
 from helpers import tiny_clip
 
@@ -251,9 +250,9 @@ def run(name, checkpoint, tracker):
     cls, own = HOW[name]
     learner = cls(clip, data.classnames, seed=1)
     recipe = Recipe(**dict(lr=.05, epochs=8, batch_size=4) | own)
-    hooks = [hooks.Average()] if name == 'variational-coop' else []
+    more = [hooks.Average()] if name == 'variational-coop' else []
     fit = training.fit(learner, data, recipe, 1, checkpoint, progress=False, tracker=tracker,
-                       hooks=hooks)
+                       hooks=more)
     state = {n: p.detach().double().flatten().tolist() for n, p in learner.named_parameters()}
     return state, fit.losses, fit.scores
 
