@@ -933,8 +933,8 @@ def _bad_input(t):
 _ALL = [_logits, _random_state, _rebuild, _parameters, _class_list, _number_of_tokens, _repeats,
         _gradients, _finite_differences, _fast_path, _copies, _prepare, _frozen, _seed,
         _batch_independence, _class_order, _underscores, _flags, _moves, _features,
-        _other_classes, _training_step, _learns, _not_finite, _half_precision, _save_and_load, _recipe,
-        _bad_input]
+        _other_classes, _training_step, _learns, _not_finite, _half_precision, _save_and_load,
+        _recipe, _bad_input]
 CHECKS = {f.__name__[1:].replace('_', ' '): f for f in _ALL}  # the docstring is the promise
 
 def _outcome(t, name:str, check) -> str:

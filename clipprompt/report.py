@@ -49,8 +49,8 @@ def compare(
                 budget=budget, epochs=epochs, select=select, hparams=hparams,
                 skip_broken=skip_broken)
     store, path = Store(backbone=backbone), Path(out)/'results.csv' if out else None
-    if path: check_writable(path)
     check_runs(runs, store)
+    if path: check_writable(path)
     names = {run: load_run(run, store).name for run in runs}
     known = known_runs(path) if path else {}
     todo = [run for run in runs if names[run] not in known]
