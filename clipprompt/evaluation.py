@@ -158,7 +158,7 @@ class Evaluation:
 
 def _ranked(logits:Tensor, labels:Tensor) -> tuple[Tensor, Tensor]: # [B, C], [B] -> [B], [B]
     mine = logits.gather(1, labels[:, None])
-    return logits.argmax(-1), (logits > mine).sum(-1)
+    return logits.argmax(-1), (logits > mine).sum(-1, dtype=torch.int32)
 
 # %% ../nbs/05b_evaluation.ipynb #05b-012
 def same_classes(learner:Classifier, data:DataSet):
@@ -196,21 +196,23 @@ def evaluate(
     n_classes, device = len(learner.classnames), learner.backbone.device
     batches = _batches(learner, data, split, batch_size, features, workers, progress)
     n = len(features[1]) if features else len(getattr(data, split))
-    if logits is None: logits = n*n_classes <= LOGITS
+    keep = n*n_classes <= LOGITS if logits is None else logits
+    # filled in place: small tensors made between large ones would scatter the memory
+    predicted, rank, labels = (torch.empty(n, dtype=torch.long, device=device) for _ in range(3))
+    table = torch.empty(n, n_classes) if keep else None
     text = learner.text_features()  # once, not once per batch
-    predicted, ranks, labels, all_logits, finite = [], [], [], [], []
+    start, total = 0, torch.zeros((), device=device)
     for x, y in batches:
-        out, y = learner.logits(x, text).float(), y.to(device)
-        best, rank = _ranked(out, y)
-        finite.append(out.isfinite().all())
-        for kept, value in zip((predicted, ranks, labels), (best, rank, y)): kept.append(value)
-        if logits: all_logits.append(out.cpu())
-    if not torch.stack(finite).all():
+        here = slice(start, start+len(y))
+        out, labels[here] = learner.logits(x, text).float(), y.to(device)
+        predicted[here], rank[here] = _ranked(out, labels[here])
+        total += out.sum()          # finite only if every one is
+        if keep: table[here] = out  # on the CPU
+        start += len(y)
+    if not total.isfinite():
         raise ValueError(f'{learner.method} gives logits that are not finite on {data.name}; look '
                          'at the prompts, or use another precision')
-    predicted, ranks, labels = (torch.cat(t).cpu() for t in (predicted, ranks, labels))
-    kept = torch.cat(all_logits) if logits else None
-    return Evaluation(predicted, ranks, labels, n_classes, kept)
+    return Evaluation(predicted.cpu(), rank.cpu(), labels.cpu(), n_classes, table)
 
 def _batches(learner, data, split, batch_size, features, workers, progress):
     "Image features and labels, a batch at a time"
