@@ -324,8 +324,11 @@ def test_a_real_ctrl_c(photos, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         seen = ''
-        # the bar of the second run
-        while '/100000' not in seen: seen += (c := p.stderr.read(1)); assert c, seen
+        # the first run is told, the second is under way
+        while 'run 1 of 2' not in seen:
+            line = p.stderr.readline()
+            assert line, seen
+            seen += line
         p.send_signal(signal.SIGINT)
         _, err = p.communicate(timeout=60)
     finally: p.kill()
