@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'plain', 'out', 'err', 'Model', 'Weights', 'Half', 'Device', 'Cache', 'Root', 'Targets', 'Budget', 'Skip',
-           'Json', 'Set', 'Select', 'Epochs', 'Workers', 'TASKS', 'Data', 'Task', 'Which', 'Sources', 'Prompts', 'main',
-           'compare_command', 'sweep_command', 'rerun_command', 'Classes', 'train', 'evaluate_command', 'predict',
-           'bench_command', 'info']
+           'Json', 'Set', 'Select', 'Epochs', 'Workers', 'Chunk', 'Again', 'TASKS', 'Data', 'Task', 'Which', 'Sources',
+           'Prompts', 'main', 'compare_command', 'sweep_command', 'rerun_command', 'Classes', 'train',
+           'evaluate_command', 'predict', 'bench_command', 'info']
 
 # %% ../nbs/40_cli.ipynb #40-005
 import csv, io, json, sys, warnings
@@ -43,7 +43,6 @@ from .public import PUBLIC
 from .report import compare, plot, table
 from .sets import load_dataset, split_name
 from .sweep import Run, Store, Swept, check_runs, grid, load_run, planned, sweep
-from .training import fit
 
 # %% ../nbs/40_cli.ipynb #40-007
 app = typer.Typer(name='clipprompt', no_args_is_help=True, add_completion=False,
@@ -157,6 +156,10 @@ Select = Annotated[str|None, Option(
 Epochs = Annotated[int|None, Option(min=1, help="instead of the method's own number")]
 Workers = Annotated[int|None, Option(min=0,
     help='processes that read pictures; none on a CPU, up to 8 for a GPU where not given')]
+Chunk = Annotated[int|None, Option('--text-chunk', min=1,
+    help='sentences that go through the text tower at once; fewer take less memory')]
+Again = Annotated[bool, Option('--checkpoint-text', help='compute the text tower twice '
+    'instead of keeping its activations: half the speed, far less memory')]
 TASKS = list(DOMAINS)
 _names = ', '.join(all_methods())
 _every = ','.join(all_methods())
@@ -224,6 +227,7 @@ def compare_command(
     out_dir:Annotated[Path, Option('--out', help='folder for results.csv and compare.png; '
         'what is finished there is not run again')]=Path('clipprompt-results'),
     as_json:Json=False, root:Root=None, targets:Targets=None, skip_broken:Skip=False,
+    workers:Workers=None, text_chunk:Chunk=None, checkpoint_text:Again=False,
     model:Model='picto-clip', pretrained:Weights=None, precision:Half=None, device:Device=None,
     cache:Cache=None,
 ):
@@ -252,7 +256,8 @@ def compare_command(
     err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, shots "
               f"{','.join(map(str, ks))}, seeds {seeds}; budget: {spent or 'nothing to train'}")
     rows = compare(names, numbers, ks, protocol_name, tasks, backbone, out=out_dir, root=root,
-        skip_broken=skip_broken, targets=_targets(targets), **what)
+        skip_broken=skip_broken, targets=_targets(targets), workers=workers,
+        text_chunk=text_chunk, checkpoint_text=checkpoint_text, **what)
     plot(rows).savefig(out_dir/'compare.png')
     if as_json: _print_json(dict(rows=_records(rows)))
     else: _show(table(rows))
@@ -318,6 +323,7 @@ def sweep_command(
         help='of each run, with --ray; 0.25 puts four runs on a GPU')]=None,
     retries:Annotated[int, Option(min=0, help='after a run failed or its worker died')]=2,
     root:Root=None, targets:Targets=None, skip_broken:Skip=False,
+    workers:Workers=None, text_chunk:Chunk=None, checkpoint_text:Again=False,
     model:Model='picto-clip', pretrained:Weights=None, precision:Half=None, device:Device=None,
     cache:Cache=None,
 ):
@@ -338,7 +344,8 @@ def sweep_command(
         None if shots is None else _list(shots, int, 'shots'), _list(seeds, int, 'seeds'),
         backbone=model, pretrained=pretrained, precision=precision, device=device,
         root=root and str(root), targets=_targets(targets), budget=budget, epochs=epochs,
-        select=select, hparams=_settings(settings), skip_broken=skip_broken)
+        select=select, hparams=_settings(settings), skip_broken=skip_broken,
+        workers=workers, text_chunk=text_chunk, checkpoint_text=checkpoint_text)
     if plan: return _plan(runs, out_dir, cache or out_dir/'features', as_json)
     before = known_runs(out_dir/'results.csv')
     left = sweep(runs, out_dir, 'ray' if ray else 'here', retries, 1 if cpus is None else cpus,
@@ -476,11 +483,7 @@ def train(
     tracker:Annotated[Path|None, Option(
         help='folder for TensorBoard: loss and learning rate of each epoch')]=None,
     log:Annotated[Path|None, Option(help='file that gets a line for each epoch, too')]=None,
-    workers:Workers=None,
-    text_chunk:Annotated[int|None, Option(min=1,
-        help='sentences that go through the text tower at once; fewer take less memory')]=None,
-    checkpoint_text:Annotated[bool, Option('--checkpoint-text', help='compute the text tower twice '
-        'instead of keeping its activations: half the speed, far less memory')]=False,
+    workers:Workers=None, text_chunk:Chunk=None, checkpoint_text:Again=False,
     skip_broken:Skip=False,
     model:Model='picto-clip', pretrained:Weights=None, precision:Half=None, device:Device=None,
     cache:Cache=None,
@@ -507,12 +510,11 @@ def train(
     if not m.recipe.epochs and (epochs or checkpoint or tracker or log):
         err.print(f'warning: {method} is not trained in epochs, '
                   'so --epochs, --checkpoint, --tracker and --log do nothing')
-    learner = m.build(backbone, pictures.classnames, seed)
-    learner.text.chunk, learner.text.checkpoint = text_chunk, checkpoint_text
     with ExitStack() as files:
         hooks = [Lines(files.enter_context(open(log, 'a', encoding='utf-8')))] if log else []
-        fit(learner, pictures, m.recipe, seed, checkpoint, tracker=tracker, hooks=hooks,
-            workers=workers)
+        learner = m.train(backbone, pictures, seed, m.recipe, progress=True,
+            text_chunk=text_chunk, checkpoint_text=checkpoint_text, checkpoint=checkpoint,
+            tracker=tracker, hooks=hooks, workers=workers)
     learner.save(out_file)
     accuracy = evaluate(learner, pictures, workers=workers).accuracy
     out.print(f'{method} on {pictures}: test accuracy {accuracy:.1f} %; wrote {out_file}')

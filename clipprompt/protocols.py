@@ -86,9 +86,15 @@ class Method:
         return self.cls(backbone, classnames, **(seeded | (self.hparams or {})))
 
     def train(self, backbone:Backbone, data:DataSet, seed:int, recipe:Recipe|None=None,
-              progress:bool=False, **how) -> PromptLearner: # how: checkpoint, ..., for `fit`
+        progress:bool=False,
+        text_chunk:int|None=None,   # of the learner's `TextEncoder`, where given
+        checkpoint_text:bool=False,
+        **how,                      # checkpoint, tracker, workers, ..., for `fit`
+    ) -> PromptLearner:
         "A learner trained on the data set's training split"
         learner = self.build(backbone, data.classnames, seed)
+        if text_chunk: learner.text.chunk = text_chunk
+        if checkpoint_text: learner.text.checkpoint = True
         fit(learner, data, recipe or self.recipe, seed, progress=progress, **how)
         return learner
 

@@ -42,12 +42,13 @@ def compare(
     targets:list[str]=(),          # of protocol 'cross', if not Pictograms' second set
     budget:str='book',             # or 'paper': the published recipes
     hparams:dict|None=None,        # settings of all these methods or their recipes, by name
+    **how,                         # workers, text_chunk, checkpoint_text of a `Run`
 ) -> pd.DataFrame: # one row per method, task, shots and seed
     "Every method on every task under one protocol. Raises what stops a run, before or after it"
     methods = list(all_methods()) if methods is None else methods
     runs = grid(methods, tasks, [protocol_name], shots, seeds, root=root, targets=targets,
                 budget=budget, epochs=epochs, select=select, hparams=hparams,
-                skip_broken=skip_broken)
+                skip_broken=skip_broken, **how)
     store, path = Store(backbone=backbone), Path(out)/'results.csv' if out else None
     check_runs(runs, store)
     if path: check_writable(path)

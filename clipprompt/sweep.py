@@ -50,6 +50,9 @@ class Run:
     select:str|None=None        # which epoch's prompts are kept, instead of the recipe's choice
     hparams:dict=field(default_factory=dict)  # settings of the method or its recipe, by name
     skip_broken:bool=False      # leave unreadable images of a folder out
+    workers:int|None=None       # processes that read pictures
+    text_chunk:int|None=None    # sentences that go through the text tower at once
+    checkpoint_text:bool=False  # keep no activations of the text tower
 
     def __post_init__(self): # lists and pairs, as JSON or a shell give them
         object.__setattr__(self, 'targets', tuple(self.targets))
@@ -226,7 +229,8 @@ def _do(run:Run, at:Loaded, out:Path, progress:bool=False):
     "Train and test, then write the record"
     half = out/'checkpoints'/f'{at.name}.safetensors'
     rec = record(at.method, run.protocol, at.backbone, at.data, run.shots, run.seed, at.recipe,
-        at.targets or None, at.mark, checkpoint=half, progress=progress)
+        at.targets or None, at.mark, checkpoint=half, progress=progress, workers=run.workers,
+        text_chunk=run.text_chunk, checkpoint_text=run.checkpoint_text)
     write_record(out/'records', rec)
     half.unlink(missing_ok=True)
 

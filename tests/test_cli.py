@@ -733,6 +733,20 @@ def test_how_the_text_tower_computes_changes_nothing(photos, tmp_path):
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize('command', ['train', 'compare', 'sweep'])
+def test_how_it_computes_reaches_the_training(command, photos, tmp_path, monkeypatch):
+    seen = []
+
+    def fit(learner, *args, workers, **how):
+        seen.append((learner.text.chunk, learner.text.checkpoint, workers))
+    monkeypatch.setattr('clipprompt.protocols.fit', fit)
+    how = '--text-chunk', 3, '--checkpoint-text', '--workers', 1
+    many = '--methods', 'coop', '--protocol', 'few-shot', '--seeds', 1
+    few = () if command == 'train' else many
+    works(command, '--task', photos, '--shots', 1, *few, *how, '--out', tmp_path/'out')
+    assert seen == [(3, True, 1)]
+
+
 def test_a_device_that_is_not_there(coop, photos, tmp_path):
     few = '--task', photos, '--methods', 'zero-shot', '--protocol', 'few-shot', '--shots', 1
     for command in (('train', photos), ('evaluate', coop, photos), ('predict', coop, photos),
