@@ -28,7 +28,7 @@ from typer import Argument, Option
 from . import __version__
 from .backbone import load_backbone
 from .bench import CASES, bench, bench_scale, speed_table
-from .data import DOMAINS, DataSet
+from .data import DataSet
 from .evaluation import evaluate
 from .files import check_writable, write_safely
 from .hooks import Lines, shows_bars
@@ -36,6 +36,7 @@ from .hub import local_prompts
 from .inference import Prediction, listed, predictions
 from .learner import PromptLearner, Recipe, read_prompts
 from .methods import find_method, load, methods as all_methods, rerun
+from .pictures import DOMAINS
 from .prompts import clean_names
 from .protocols import (PROTOCOLS, SCORES, known_runs, protocol, read_records,
     usual_shots, write_table)

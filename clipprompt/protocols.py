@@ -27,9 +27,10 @@ from torch import Tensor
 
 from . import __version__
 from .backbone import Backbone, nearest
-from .data import DataError, DataSet
+from .data import DataSet
 from .files import write_safely
 from .learner import PromptLearner, Recipe
+from .pictures import DataError
 from .public import PUBLIC
 from .sets import TASKS, load_dataset
 from .evaluation import evaluate
