@@ -37,8 +37,8 @@ from .inference import Prediction, listed, predictions
 from .learner import PromptLearner, Recipe, read_prompts
 from .methods import find_method, load, methods as all_methods, rerun
 from .prompts import clean_names
-from .protocols import (PROTOCOLS, SCORES, known_runs, protocol, read_records,
-    usual_shots, write_table)
+from .protocols import PROTOCOLS, SCORES, protocol, usual_shots
+from .records import known_runs, read_records, write_table
 from .public import PUBLIC
 from .report import compare, plot, table
 from .sets import load_dataset, split_name

@@ -20,7 +20,8 @@ from .backbone import Backbone
 from .figures import STYLE
 from .files import check_writable
 from .methods import look, methods as all_methods
-from .protocols import Method, known_runs, overall, summary, unpack_hits, write_table
+from .protocols import Method, overall, summary, unpack_hits
+from .records import known_runs, write_table
 from .sweep import Store, check_runs, grid, load_run, sweep
 
 # %% ../nbs/20_report.ipynb #20-014

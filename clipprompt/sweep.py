@@ -26,8 +26,8 @@ from .files import check_writable, write_safely
 from .hooks import shows_bars
 from .learner import Recipe
 from .methods import find_method
-from .protocols import (Method, apart, draw, mark_of, protocol, read_records, record,
-    run_id, second_set, usual_shots, write_record)
+from .protocols import Method, apart, draw, protocol, second_set, usual_shots
+from .records import mark_of, read_records, record, run_id, write_record
 from .sets import find_data, split_name
 
 # %% ../nbs/19b_sweep.ipynb #22-007

@@ -27,7 +27,8 @@ from clipprompt.data import DataNotFound
 from clipprompt.evaluation import evaluate
 from clipprompt.files import check_writable
 from clipprompt.methods import find_method, rerun
-from clipprompt.protocols import Method, read_records, record, write_record, write_table
+from clipprompt.protocols import Method
+from clipprompt.records import read_records, record, write_record, write_table
 from clipprompt.report import compare
 from clipprompt.sets import find_data, load_dataset
 from clipprompt.sweep import Run, Store, attempt, grid, load_run, sweep
