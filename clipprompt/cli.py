@@ -42,7 +42,8 @@ from .records import known_runs, read_records, write_table
 from .public import PUBLIC
 from .report import compare, plot, table
 from .sets import load_dataset, split_name
-from .sweep import Run, Store, Swept, check_runs, grid, load_run, planned, sweep
+from .runs import Run, Store, check_runs, grid, load_run, planned
+from .sweep import Swept, sweep
 
 # %% ../nbs/40_cli.ipynb #40-007
 app = typer.Typer(name='clipprompt', no_args_is_help=True, add_completion=False,
