@@ -34,10 +34,11 @@ from .check import small_clip
 from .cocoop import CoCoOp
 from .coop import CoOp
 from .sets import load_dataset
-from .data import DataSet, Item
+from .data import DataSet
 from .deep import IVLP, VPT, MaPLe
 from .figures import STYLE, colour
 from .files import check_writable, write_safely
+from .pictures import Item
 from .provp import ProVPRef
 from .towers import VisionTower
 from .evaluation import evaluate

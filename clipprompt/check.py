@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .backbone import Backbone, build_backbone
-from .data import DataSet, Item, test_transform
+from .data import DataSet
 from .learner import Classifier, PromptLearner, Recipe, read_prompts
+from .pictures import Item, test_transform
 from .towers import TextTower, VisionTower
 
 # %% ../nbs/08_check.ipynb #08-005

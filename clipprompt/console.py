@@ -21,10 +21,10 @@ from rich.table import Table
 from typer import Option
 
 from . import __version__
-from .data import DOMAINS
 from .files import write_safely
 from .learner import Recipe
 from .methods import methods
+from .pictures import DOMAINS
 
 # %% ../nbs/40_console.ipynb #40-007
 app = typer.Typer(name='clipprompt', no_args_is_help=True, add_completion=False,

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .data import DataError, Item, below, to_rgb, warn
+from .pictures import DataError, Item, below, to_rgb, warn
 
 # %% ../nbs/04a_disk.ipynb #04a-004
 PARTS = 'train', 'val', 'test'

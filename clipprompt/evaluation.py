@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .data import Augmented, DataSet, Pictures, normalised, test_transform
+from .data import DataSet
 from .files import keep_rows
 from .learner import Classifier, PromptLearner, frozen_key
+from .pictures import Augmented, Pictures, normalised, test_transform
 from .prompts import clean_names
 from .sets import as_dataset
 

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import test_transform
 from .evaluation import evaluate
 from .files import check_writable, remove_leftovers, write_safely
+from .pictures import test_transform
 
 # %% ../nbs/05d_hooks.ipynb #05d-003
 class Hook:

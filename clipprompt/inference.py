@@ -23,8 +23,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
 
 from .backbone import Backbone
-from .data import normalised, test_transform
 from .learner import PromptLearner
+from .pictures import normalised, test_transform
 from .sets import to_picture
 
 # %% ../nbs/24_inference.ipynb #24-006

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from .data import DataError, DataNotFound, DataSet, Item, Files, said, unknown
+from .data import DataSet
 from .disk import PARTS, missing, readable, subfolders, words
+from .pictures import DataError, DataNotFound, Item, Files, said, unknown
 
 # %% ../nbs/04c_own.ipynb #04-082
 def _listed(folder:Path, classes:list[str]) -> list[Item]:

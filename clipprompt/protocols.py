@@ -20,8 +20,9 @@ import pandas as pd
 from torch import Tensor
 
 from .backbone import Backbone, nearest
-from .data import DataError, DataSet
+from .data import DataSet
 from .learner import PromptLearner, Recipe
+from .pictures import DataError
 from .public import PUBLIC
 from .sets import TASKS, load_dataset
 from .evaluation import evaluate

@@ -15,8 +15,9 @@ import numpy as np
 import torchvision
 from scipy.io import loadmat
 
-from .data import DataError, DataNotFound, DataSet, Item, below, said, unknown, warn
+from .data import DataSet
 from .disk import PARTS, is_picture, missing, subfolders, words
+from .pictures import DataError, DataNotFound, Item, below, said, unknown, warn
 
 # %% ../nbs/04b_public.ipynb #04-044
 COOP = 'https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md'

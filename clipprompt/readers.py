@@ -11,8 +11,9 @@ from collections import defaultdict
 
 import torchvision
 
-from .data import DataError, DataSet, Files, template_of
+from .data import DataSet, template_of
 from .disk import PARTS, readable, words
+from .pictures import DataError, Files
 from .public import COOP, Lists, Place, check_counts, check_task, find_set, in_order
 from .public import on_disk, published_split
 

@@ -17,10 +17,11 @@ from torch.utils.data import TensorDataset
 from torchvision.datasets import DatasetFolder
 
 from .backbone import nearest
-from .data import DOMAINS, PICTOGRAMS, DataError, DataNotFound, DataSet, Item, below
-from .data import said, join, open_image, pictograms, template_of, to_rgb, unknown
+from .data import PICTOGRAMS, DataSet, join, pictograms, template_of
 from .disk import words
 from .own import chosen_domains, read_own
+from .pictures import DOMAINS, DataError, DataNotFound, Item, below, said, open_image
+from .pictures import to_rgb, unknown
 from .public import PUBLIC
 from .readers import read_public
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .backbone import nearest
-from .data import Augmented, DataSet, mixed, normalised, train_transform
+from .data import DataSet
 from .evaluation import frozen_features, reader
 from .learner import PromptLearner, Recipe
+from .pictures import Augmented, mixed, normalised, train_transform
 
 # %% ../nbs/05c_steps.ipynb #05c-005
 def lr_at(recipe:Recipe,

@@ -236,7 +236,7 @@ class _Slots:
         size = self.backbone.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f'images have shape {list(images.shape)}, the tower reads '
-                             f'[B, 3, {size}, {size}]; use the transform of the data chapter')
+                             f'[B, 3, {size}, {size}]; use the transform of the pictures chapter')
         if torch.compiler.is_compiling() or images.device.type != 'cpu': return
         if not images.isfinite().all():   # on another device the processor would have to wait
             raise ValueError('images contain NaN or infinite values; '

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .backbone import Backbone
-from .data import DataSet, mixed
+from .data import DataSet
 from .evaluation import same_classes
 from .hooks import Checkpoint, Hook, Progress, Select, Track
 from .learner import PromptLearner, Recipe
+from .pictures import mixed
 from .sets import as_dataset
 from .steps import Collecting, Feed, lr_at, optimizer_of, stepper
 

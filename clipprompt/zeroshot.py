@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import Backbone
-from .data import ENSEMBLE, PICTOGRAM_TEMPLATES, DataSet, template_of, test_transform
+from .data import ENSEMBLE, PICTOGRAM_TEMPLATES, DataSet, template_of
 from .learner import PromptLearner, Recipe
 from .evaluation import encode, evaluate
+from .pictures import test_transform
 
 # %% ../nbs/10_zeroshot.ipynb #10-005
 DEFAULT = template_of('')  # CoOp's sentence for a set that its code does not name

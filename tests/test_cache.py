@@ -10,7 +10,7 @@ import torch
 from clipprompt import learner as learner_module
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
-from clipprompt.data import test_transform, train_transform
+from clipprompt.pictures import test_transform, train_transform
 from clipprompt.sets import load_dataset
 from clipprompt.deep import IVLP, VPT, MaPLe
 from clipprompt.files import keep

@@ -19,9 +19,9 @@ from rich.console import Console
 import clipprompt as package
 from clipprompt import console, protocols
 from clipprompt.backbone import load_backbone
-from clipprompt.data import test_transform
 from clipprompt.learner import read_prompts
 from clipprompt.methods import find_method, load as load_prompts, methods
+from clipprompt.pictures import test_transform
 from clipprompt.protocols import harmonic_mean, summary
 from clipprompt.sets import load_dataset
 from clipprompt.training import fit

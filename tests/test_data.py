@@ -1,5 +1,5 @@
-"""Chapter 04: splits and shots are the papers', transforms do what they say, and bad data gets one
-line that helps."""
+"""Pictures and data: splits and shots are the papers', transforms do what they say, and bad data
+gets one line that helps."""
 import hashlib
 import json
 import math
@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from clipprompt.data import (DOMAINS, DataError, DataNotFound, DataSet, ENSEMBLE, Files,
-                             Item, PICTOGRAM_TEMPLATES, TEMPLATES, edge_map, pixelate, rotate90,
-                             template_of, test_transform, to_rgb, train_transform)
+from clipprompt.data import ENSEMBLE, PICTOGRAM_TEMPLATES, TEMPLATES, DataSet, template_of
 from clipprompt.disk import all_broken
+from clipprompt.pictures import (DOMAINS, DataError, DataNotFound, Files, Item, edge_map, pixelate,
+                                 rotate90, test_transform, to_rgb, train_transform)
 from clipprompt.sets import TASKS, load_dataset
 
 CLIP = SimpleNamespace(image_size=32, mean=(.48, .46, .41), std=(.27, .26, .28),

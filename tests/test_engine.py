@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from clipprompt.coop import CoOp
-from clipprompt.data import Augmented, mixed, normalised
-from clipprompt.data import test_transform as to_test
-from clipprompt.data import train_transform
 from clipprompt.deep import VPT
 from clipprompt.evaluation import Evaluation, encode, evaluate, frozen_features
 from clipprompt.hooks import Average, Hook, Lines
 from clipprompt.learner import Classifier, PromptLearner, Recipe
 from clipprompt.metaprompt import MetaPrompt
+from clipprompt.pictures import Augmented, mixed, normalised, train_transform
+from clipprompt.pictures import test_transform as to_test
 from clipprompt.sets import load_dataset
 from clipprompt.steps import Collecting, Feed, lr_at, optimizer_of
 from clipprompt.training import fit

@@ -11,9 +11,9 @@ from PIL import Image
 from clipprompt import inference
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
-from clipprompt.data import test_transform
 from clipprompt.deep import VPT
 from clipprompt.inference import Prediction, find_images, listed, predict, predictions
+from clipprompt.pictures import test_transform
 from clipprompt.sets import load_dataset
 from clipprompt.evaluation import evaluate
 from helpers import one_line, shapes, tiny_clip

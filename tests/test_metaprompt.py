@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from clipprompt.check import check_learner
 from clipprompt.coop import CoOp
-from clipprompt.data import DataError, join
+from clipprompt.data import join
+from clipprompt.pictures import DataError
 from clipprompt.sets import load_dataset
 from clipprompt.learner import Recipe
 from clipprompt.metaprompt import (MODES, Episodic, MetaPrompt, Part, class_episodes, class_groups,

@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
-from clipprompt import data as data_module, public as public_module
-from clipprompt.data import DataError, DataNotFound, TEMPLATES, join, template_of, test_transform
+from clipprompt import public as public_module
+from clipprompt.data import TEMPLATES, join, template_of
+from clipprompt.pictures import DataError, DataNotFound, Item, test_transform
 from clipprompt.public import PUBLIC
 from clipprompt.sets import TASKS, load_dataset
 from clipprompt.prompts import clean_names
@@ -539,7 +540,7 @@ def test_validation_pictures_change_nothing_else(caltech):
     assert bare.few_shot(2).val == []
     with pytest.raises(DataError) as e: bare.pictures('val', None)
     one_line(e, 'no val pictures')
-    with pytest.raises(DataError) as e: replace(caltech, val=[data_module.Item('x', 100)])
+    with pytest.raises(DataError) as e: replace(caltech, val=[Item('x', 100)])
     one_line(e, 'val label 100')
 
 

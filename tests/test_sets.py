@@ -12,7 +12,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from torchvision import transforms as T
 from torchvision.datasets import FakeData, ImageFolder
 
-from clipprompt.data import DOMAINS, DataError, DataSet, Item, test_transform
+from clipprompt.data import DataSet
+from clipprompt.pictures import DOMAINS, DataError, Item, test_transform
 from clipprompt.sets import as_dataset, find_data, load_dataset, split_name, to_picture
 from helpers import shapes
 

@@ -20,13 +20,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from clipprompt import data as data_module, runs as runs_module, sweep as sweep_module
+from clipprompt import pictures as pictures_module, runs as runs_module, sweep as sweep_module
 from clipprompt.backbone import assets, load_backbone
 from clipprompt.coop import CoOp
-from clipprompt.data import DataNotFound
 from clipprompt.evaluation import evaluate
 from clipprompt.files import check_writable
 from clipprompt.methods import find_method, rerun
+from clipprompt.pictures import DataNotFound
 from clipprompt.protocols import Method
 from clipprompt.records import read_records, record, write_record, write_table
 from clipprompt.report import compare
@@ -694,14 +694,14 @@ def test_what_another_try_may_change_is_tried_again(error, tries, tmp_path, monk
 def test_a_picture_that_cannot_be_read_may_be_there_again(photos, clip, tmp_path, monkeypatch):
     """A file server that is away for a moment: PIL's error reaches us as a DataError with an
     OSError behind it"""
-    away, real = [1], data_module.open_image
+    away, real = [1], pictures_module.open_image
     def flaky(path):
         if away: away.pop(); raise OSError('Stale file handle')
         return real(path)
     run = grid(['zero-shot'], [str(photos)], ['few-shot'], [2], [1])[0]
     store = Store(backbone=clip)
     load_run(run, store)
-    monkeypatch.setattr(data_module, 'open_image', flaky)
+    monkeypatch.setattr(pictures_module, 'open_image', flaky)
     state, said = attempt(run, tmp_path, store=store, patience=0)
     assert state == 'done' and not away, said
 

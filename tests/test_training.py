@@ -16,10 +16,10 @@ from safetensors import safe_open
 
 from clipprompt import training
 from clipprompt.coop import CoOp
-from clipprompt.data import test_transform
 from clipprompt.deep import VPT
 from clipprompt.files import write_safely
 from clipprompt.learner import PromptLearner, Recipe
+from clipprompt.pictures import test_transform
 from clipprompt.sets import load_dataset
 from clipprompt.evaluation import encode, evaluate
 from clipprompt.hooks import Hook

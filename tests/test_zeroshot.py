@@ -9,9 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 
 from clipprompt.data import template_of
-from clipprompt.data import test_transform as tested
 from clipprompt.learner import Recipe
 from clipprompt.metaprompt import MetaPrompt, TwoPairs
+from clipprompt.pictures import test_transform as tested
 from clipprompt.protocols import Method
 from clipprompt.provp import ProVP, ProVPRef
 from clipprompt.sets import load_dataset
