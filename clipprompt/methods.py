@@ -27,9 +27,10 @@ from .learner import PromptLearner, Recipe, read_prompts
 from .map_dafe import MAPDAFE
 from .metaprompt import MetaPrompt
 from .mudpt import MuDPT
-from .protocols import SETTINGS, Method, arguments, called, mark_of, record
+from .protocols import SETTINGS, Method, arguments, called
 from .provp import ProVP, ProVPRef
 from .public import PUBLIC
+from .records import mark_of, record
 from .sets import TASKS, load_dataset
 from .variational import VariationalCoCoOp, VariationalCoOp
 from .zeroshot import BestTemplate, LinearProbe, ZeroShot

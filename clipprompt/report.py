@@ -20,8 +20,10 @@ from .backbone import Backbone
 from .figures import STYLE
 from .files import check_writable
 from .methods import look, methods as all_methods
-from .protocols import Method, known_runs, overall, summary, unpack_hits, write_table
-from .sweep import Store, check_runs, grid, load_run, sweep
+from .protocols import Method, overall, summary, unpack_hits
+from .records import known_runs, write_table
+from .runs import Store, check_runs, grid, load_run
+from .sweep import sweep
 
 # %% ../nbs/20_report.ipynb #20-014
 def compare(

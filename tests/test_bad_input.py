@@ -238,7 +238,7 @@ def test_results_folder_is_a_file(photos, tmp_path):
 
 
 def test_prompt_file_is_checked_before_training(photos, barred, monkeypatch):
-    monkeypatch.setattr('clipprompt.cli.fit', never)
+    monkeypatch.setattr('clipprompt.protocols.fit', never)
     refused('train', photos, '--out', barred/'p.safetensors',
             says=['cannot write', 'choose a folder you may write to'])
     refused('train', photos, '--out', photos, says=['cannot write', 'photos'])  # a folder

@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 import clipprompt as package
-from clipprompt import cli, protocols
+from clipprompt import console, protocols
 from clipprompt.backbone import load_backbone
 from clipprompt.learner import read_prompts
 from clipprompt.methods import find_method, load as load_prompts, methods
@@ -204,7 +204,7 @@ def test_all_tasks(pretended, tmp_path):
 
 def test_no_name_is_cut_in_the_table(pretended, tmp_path, monkeypatch):
     "In a terminal of 80 columns every run's line tells its method and all its numbers"
-    monkeypatch.setattr(cli, 'out', Console(width=80))
+    monkeypatch.setattr(console, 'out', Console(width=80))
     r = works('compare', '--seeds', '1,2,3', '--out', tmp_path)
     for m in METHODS:
         line = next((l for l in r.out.splitlines() if f' {m} ' in l), '')

@@ -15,9 +15,11 @@ from clipprompt.figures import LOOK
 from clipprompt.learner import PromptLearner, Recipe
 from clipprompt.methods import BOOK, find_class, find_method, load, look, methods, settings_of
 from clipprompt.prompts import AUTO
-from clipprompt.protocols import Method, arguments, mark_of, protocol, run_id
+from clipprompt.protocols import Method, arguments, protocol
+from clipprompt.records import mark_of, run_id
+from clipprompt.runs import grid
 from clipprompt.sets import find_data, load_dataset
-from clipprompt.sweep import grid, sweep
+from clipprompt.sweep import sweep
 from clipprompt.training import fit
 from helpers import one_line, shapes, tiny_clip
 from strangers import Mine

@@ -9,9 +9,11 @@ from clipprompt import sweep as sweep_module
 from clipprompt.backbone import load_backbone
 from clipprompt.cards import CARDS, cards, facts, overview
 from clipprompt.methods import look, methods, rerun
-from clipprompt.protocols import Method, pack_hits, read_records, unpack_hits
+from clipprompt.protocols import Method, pack_hits, unpack_hits
+from clipprompt.records import read_records
 from clipprompt.report import compare, paired, plot, ranks, table
-from clipprompt.sweep import grid, sweep
+from clipprompt.runs import grid
+from clipprompt.sweep import sweep
 from helpers import one_line, shapes, tiny_clip
 from strangers import Mine
 

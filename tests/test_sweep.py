@@ -20,17 +20,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from clipprompt import pictures as pictures_module, sweep as sweep_module
+from clipprompt import pictures as pictures_module, runs as runs_module, sweep as sweep_module
 from clipprompt.backbone import assets, load_backbone
 from clipprompt.coop import CoOp
 from clipprompt.evaluation import evaluate
 from clipprompt.files import check_writable
 from clipprompt.methods import find_method, rerun
 from clipprompt.pictures import DataNotFound
-from clipprompt.protocols import Method, read_records, record, write_record, write_table
+from clipprompt.protocols import Method
+from clipprompt.records import read_records, record, write_record, write_table
 from clipprompt.report import compare
+from clipprompt.runs import Run, Store, grid, load_run, planned
 from clipprompt.sets import find_data, load_dataset
-from clipprompt.sweep import Run, Store, attempt, grid, load_run, sweep
+from clipprompt.sweep import attempt, sweep
 from clipprompt.zeroshot import ZeroShot
 from helpers import clipprompt, one_line, refused, shapes, tiny_clip, works
 from strangers import Mine, Waits
@@ -122,10 +124,10 @@ def test_paper_budgets_are_the_papers(photos, store):
 def test_a_run_takes_a_name_a_class_or_a_method():
     run = Run(Mine, hparams=dict(strength=2., lr=.1), epochs=3)
     assert str(run) == 'mine (strength=2.0 lr=0.1) base-to-new pixels, 16 shots, seed 1'
-    m = sweep_module.planned(run)
+    m = planned(run)
     assert m.hparams == dict(strength=2.) and (m.recipe.lr, m.recipe.epochs) == (.1, 3)
     own = Run(Method(Mine, dict(strength=3.), label='m'))
-    assert sweep_module.planned(own).hparams == dict(strength=3.) and own.name == 'm'
+    assert planned(own).hparams == dict(strength=3.) and own.name == 'm'
     assert len({run, own, Run(Mine), Run('mine'), Run(Mine, hparams=[('strength', 2.)])}) == 5
     assert pickle.loads(pickle.dumps(own)) == own
     assert Run(Mine, hparams=[('lr', 1)]) == Run(Mine, hparams=dict(lr=1))
@@ -138,7 +140,7 @@ def test_nothing_is_kept_alive(photos, monkeypatch, tmp_path):
         clip = tiny_clip()
         alive.append(weakref.ref(clip))
         return clip
-    monkeypatch.setattr(sweep_module, 'load_backbone', load)
+    monkeypatch.setattr(runs_module, 'load_backbone', load)
     class Fails(Mine):
         method = 'fails'
         def training_step(self, batch, optimizer): raise KeyError('x')

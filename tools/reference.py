@@ -122,7 +122,7 @@ def cli():
         '# Commands {.unnumbered}', MADE,
         'What `clipprompt COMMAND --help` says, on one page. '
         'How the commands are built is told in the '
-        '[chapter on the command line](../nbs/40_cli.ipynb).'
+        '[chapter on the command line](../nbs/40c_cli.ipynb).'
     ]
     for command in app.registered_commands:
         name = command.name or command.callback.__name__.replace('_', '-')
