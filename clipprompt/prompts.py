@@ -123,11 +123,6 @@ class Sentences:
         ids = backbone.tokenize(texts)
         return cls(ids, ids.new_zeros(len(ids), 0), ids.argmax(-1))
 
-    def to(self, device:torch.device) -> 'Sentences':
-        "The same on another device"
-        if self.ids.device == device: return self
-        return Sentences(self.ids.to(device), self.slots.to(device), self.eot.to(device))
-
     def to(self, device) -> 'Sentences':
         "The same on a device, with what is known of them"
         if self.ids.to(device) is self.ids: return self

@@ -6,7 +6,6 @@
 __all__ = ['compare', 'table', 'plot', 'paired', 'ranks']
 
 # %% ../nbs/20_report.ipynb #20-003
-from itertools import product
 from pathlib import Path
 
 import matplotlib as mpl
