@@ -156,6 +156,7 @@ def _entries(parts) -> tuple[dict, dict]: # label -> class name; part -> pairs o
         if not lists[part]: raise ValueError(f'the list {part!r} is empty')
     return names, lists
 
+# %% ../nbs/04b_public.ipynb #04b-018
 def published_split(file:Path) -> Lists:
     """Read a split file and believe nothing that was not checked
 
@@ -245,6 +246,7 @@ def _fetch(name:str, root:Path):
         why = f'{type(e).__name__}: {said(e, 120)}'
         raise DataNotFound(f'torchvision could not fetch {name} ({why}); {by_hand}') from e
 
+# %% ../nbs/04b_public.ipynb #04b-022
 def find_set(name:str, root:str|Path|None, download:bool=False) -> Place:
     "Where the set lies; with `download`, fetch it first if it lies nowhere"
     known, root = PUBLIC[name], root or os.environ.get('CLIPPROMPT_DATA')
@@ -275,6 +277,7 @@ def check_task(name:str, task:str|None):
         raise DataError(f"'{name}' has no tasks, but task='{task}' was given; leave it out")
     if task and task not in domains: raise unknown(f'task of {name}', task, domains)
 
+# %% ../nbs/04b_public.ipynb #04b-026
 def on_disk(place:Place, lists:Lists) -> dict[str, list[Item]]: # part -> its pictures
     "The listed pictures as items. Raises DataError if one lies elsewhere or is missing"
     items = {part: [] for part in PARTS}
