@@ -73,6 +73,7 @@ def _sum(tensors:dict[str, Tensor]) -> str: # 16 hex digits
         h.update(t.contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
+# %% ../nbs/04e_files.ipynb #04-526
 def keep(
     folder:str|Path|None, # where files are kept; None computes each time
     key:dict,             # what the tensors depend on, as JSON can write it
