@@ -10,13 +10,14 @@ import configparser
 import json
 import os
 import sys
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods, get_context, set_start_method
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = sorted((ROOT/'nbs').glob('[!_.]*.ipynb'))
+NBS.sort(key=lambda nb: nb.name[0] != '1')  # the methods take longest, and begin
 # What every chapter needs, and what takes ten times as long to import as the chapter's own modules
 LIBRARIES = ['torch', 'open_clip', 'pandas', 'seaborn', 'sklearn.linear_model', 'nbdev.test']
 
@@ -31,6 +32,7 @@ def server():
 
 def run_here(nb, flags, force, log):
     "The notebook, in this process, which says in a file what went wrong"
+    set_start_method(None, force=True)  # as a reader's process has it, not as this one was made
     for stream in (1, 2): os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     from nbdev.test import test_nb
     ok, _ = test_nb(nb, skip_flags=flags, force_flags=force, basepath=str(ROOT))
