@@ -208,12 +208,9 @@ def test_the_cache_serves_when_the_network_is_gone(hub, clip, monkeypatch):
         one_line(e, 'ada/', 'HF_HUB_OFFLINE', 'unset it')
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     forget_sessions()
-    # a port where nobody listens
-    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
+    point_to(monkeypatch, 'http://127.0.0.1:9')  # where nobody listens
     # the client tries again, more and more slowly
     monkeypatch.setattr('time.sleep', lambda seconds: None)
-    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE',
-                        'http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}')
     assert same('hf://ada/shapes')
     with pytest.raises(ConnectionError) as e: load_prompts('hf://ada/other', clip)
     one_line(e, 'ada/other', 'not in the cache', 'check the network', '127.0.0.1:9')
