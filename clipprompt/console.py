@@ -6,11 +6,12 @@
 __all__ = ['app', 'plain', 'out', 'err', 'Model', 'Weights', 'Half', 'Device', 'Cache', 'Root', 'Targets', 'Budget', 'Skip',
            'Json', 'Set', 'Select', 'Epochs', 'Workers', 'Chunk', 'Again', 'TASKS', 'METHOD_NAMES', 'DATA_WORDS',
            'entries', 'show_table', 'write_result', 'print_json', 'for_people', 'given_settings', 'check_select',
-           'run_app']
+           'run_app', 'shell']
 
 # %% ../nbs/40_console.ipynb #40-104
 import csv, io, json, sys, warnings
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated
 
 import pandas as pd
@@ -168,3 +169,19 @@ def run_app(
         code = e.exit_code
     if code == 130: err.print('stopped; what was finished is kept')
     return code
+
+# %% ../nbs/40_console.ipynb #40-122
+def shell(line:str, # the words after `clipprompt`
+    shown:bool=True,
+): # click's result: output, exit_code, exception
+    "Run a command in a notebook. Needs IPython"
+    from IPython.utils.capture import capture_output   # only now: the package does without
+    from typer.testing import CliRunner
+    with capture_output(): result = CliRunner().invoke(app, line.split())
+    said = [f'$ clipprompt {line}', *result.output.splitlines()]
+    failed = result.exception and not isinstance(result.exception, SystemExit)
+    if failed: said.append(f'error: {result.exception}')
+    if shown:
+        for text in said: print(fill(text, 100) if len(text) > 100 else text)
+        print()
+    return result
