@@ -101,19 +101,17 @@ def test_compare_prints_the_means(compared):
 
 
 @pytest.mark.stress
-def test_quick_on_the_shipped_pictures(tmp_path, monkeypatch):
-    "What the first-time user runs, all methods, from another folder"
+def test_quick_runs_all_methods(photos, tmp_path, monkeypatch):
+    "As the first-time user does, from another folder; on the shipped pictures .ci/run does it"
     monkeypatch.chdir(tmp_path)
-    r = works('compare', '--quick')
+    r = works('compare', '--quick', '--task', photos)
     rows = results(tmp_path/'clipprompt-results')
     assert rows.method.tolist() == list(METHODS)
     assert (rows.seed == 1).all()
     assert (rows.shots == 2).all()
-    assert (rows.task == 'pixels').all()
-    in_percent(rows.base, len(load_dataset().base().test))
-    assert rows.base.min() > 5
+    in_percent(rows.base, len(load_dataset(photos).base().test))
     assert (tmp_path/'clipprompt-results'/'compare.png').stat().st_size > 5000
-    assert all(m in r.out for m in METHODS) and 'pixels' in r.out
+    assert all(m in r.out for m in METHODS)
 
 
 def test_quick_fills_only_what_is_not_given(photos, tmp_path):
