@@ -102,13 +102,14 @@ def test_compare_prints_the_means(compared):
 
 @pytest.mark.stress
 def test_quick_runs_all_methods(photos, tmp_path, monkeypatch):
-    "As the first-time user does, from another folder; on the shipped pictures .ci/run does it"
+    "From another folder, no method named; .ci/run tries three on the shipped pictures"
     monkeypatch.chdir(tmp_path)
     r = works('compare', '--quick', '--task', photos)
     rows = results(tmp_path/'clipprompt-results')
     assert rows.method.tolist() == list(METHODS)
     assert (rows.seed == 1).all()
     assert (rows.shots == 2).all()
+    assert (rows.task == 'my photos').all()
     in_percent(rows.base, len(load_dataset(photos).base().test))
     assert (tmp_path/'clipprompt-results'/'compare.png').stat().st_size > 5000
     assert all(m in r.out for m in METHODS)
