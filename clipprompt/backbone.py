@@ -145,6 +145,7 @@ class Backbone:
         mean=open_clip.OPENAI_DATASET_MEAN, # of the pixel normalisation, per channel
         std=open_clip.OPENAI_DATASET_STD,
         interpolation:str='bicubic', # for resizing images
+        phrase:str='a photo of a', # how its training captions begin
     ):
         _refuse(name, _missing_in(model))
         self.name, self.model = name, model.eval().requires_grad_(False)
@@ -153,6 +154,7 @@ class Backbone:
         self.tokenizer = tokenizer or _clip_tokenizer(self.context_length)
         _check_tokenizer(self)
         self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
+        self.phrase = phrase
         self.pretrained = self.precision = self.cache = None  # set by `load_backbone`
 
     def _measure(self):
@@ -241,7 +243,7 @@ def _picto_clip(path:Path) -> Backbone:
     model = open_clip.model.CLIP(**cfg)
     model.load_state_dict(weights | {'token_embedding.weight': table})
     return Backbone(model, 'picto-clip', mean=json.loads(meta['mean']), std=json.loads(meta['std']),
-                    interpolation=meta['interpolation'])
+                    interpolation=meta['interpolation'], phrase='an icon of a')
 
 # %% ../nbs/01_backbone.ipynb #01-027
 def _is_torchscript(path:Path) -> bool:

@@ -34,6 +34,7 @@ class CoCoOp(PromptLearner):
 
     Raises ValueError when a prompt does not fit the context, or `n_ctx` not the words."""
     method, learns_text, per_image = 'cocoop', True, True
+    tries = dict(n_ctx=4), dict(n_ctx=8), dict(n_ctx=16)  # context length
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         n_ctx:int|None=None,    # context length M; None: as the words have, 4 of noise

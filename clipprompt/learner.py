@@ -8,6 +8,7 @@ __all__ = ['FP16_SCALE', 'Classifier', 'frozen_key', 'Recipe', 'PromptLearner', 
 # %% ../nbs/05_learner.ipynb #05-003
 import json
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import __version__
-from .backbone import Backbone, nearest
+from .backbone import Backbone, assets, nearest
 from .data import DataSet
 from .files import keep, write_safely
 from .hub import local_prompts, push
@@ -68,7 +69,7 @@ class Classifier(nn.Module):
 
     def text_features(self) -> Tensor|None: # [C, E], unit rows
         "Features of the classes; None in a method whose class features depend on the image"
-        return self.frozen_text([f'a photo of a {c}.' for c in self.classnames])
+        return self.frozen_text([f'{self.backbone.phrase} {c}.' for c in self.classnames])
 
     def image_features(self, images:Tensor) -> Tensor: # [B, 3, H, W] -> [B, E], unit rows
         "Features of images; [B, E] passes, so that kept features can take the place of images"
@@ -177,11 +178,18 @@ class Recipe:
 # %% ../nbs/05_learner.ipynb #05-022
 FP16_SCALE = 1024.  # keeps small gradients above fp16's smallest number
 
+@cache
+def _tuned() -> dict[str, dict]: # method -> lr, epochs, hparams
+    "What the tuning chapter chose"
+    path = assets()/'tuned.json'
+    return json.loads(path.read_text()) if path.is_file() else {}
+
 class _Trainable(Classifier):
     "What training asks of a learner, and what its paper says about it"
     per_image = False  # does each image have prompts of its own?
     drawn = False      # are prompts drawn from a distribution?
-    cpu_hparams = {}   # arguments of the learner that go with `budget`
+    cpu_hparams = {}   # arguments of the learner that go with `affordable`
+    tries = ()         # what tuning may set: values of the argument its paper calls decisive
 
     @classmethod
     def recipe(cls,
@@ -197,19 +205,31 @@ class _Trainable(Classifier):
         return {}
 
     @classmethod
-    def budget(cls) -> Recipe:
-        "The paper's base-to-new recipe, scaled for two CPU cores by the book's one rule"
+    def affordable(cls) -> Recipe:
+        """
+        The paper's base-to-new recipe, cut only where two CPU cores could not follow
+
+        Frozen image features are of eight views in turn; what draws its prompts reads more images
+        at a time, and fewer of them if each image has its own.
+        """
         r = cls.recipe('base-to-new', 16)
         if not r.epochs: return r
-        if cls.learns_image:
-            lr = r.lr if r.batch_size == 32 else .005
-            scaled = dict(epochs=10, batch_size=32, lr=lr)
-        elif cls.per_image and cls.drawn:
-            scaled = dict(epochs=2, batch_size=8, views=2, lr=.02, warmup_epochs=0)
-        elif cls.per_image: scaled = dict(epochs=3, batch_size=8, views=3)
-        elif cls.drawn: scaled = dict(epochs=12, batch_size=32, views=8, lr=.1)
-        else: scaled = dict(epochs=50, batch_size=32, views=8)
-        return replace(r, **scaled, source=f'{r.source}; scaled for two CPU cores')
+        cuts = {} if cls.learns_image else dict(views=8)
+        if cls.drawn: cuts['batch_size'] = 32
+        if cls.drawn and cls.per_image: cuts |= dict(batch_size=8, epochs=min(10, r.epochs))
+        return replace(r, **cuts)
+
+    @classmethod
+    def budget(cls) -> Recipe:
+        "The affordable recipe with the rate and the epochs that tuning chose, where it did"
+        chosen, r = _tuned().get(cls.method, {}), cls.affordable()
+        changes = {name: chosen[name] for name in ('lr', 'epochs') if name in chosen}
+        return replace(r, **changes, source=f'{r.source}; tuned by us') if changes else r
+
+    @classmethod
+    def usual_hparams(cls) -> dict:
+        "Arguments of the learner that go with `budget`"
+        return cls.cpu_hparams | _tuned().get(cls.method, {}).get('hparams', {})
 
     def prepare(self, data:DataSet):
         """

@@ -240,6 +240,7 @@ class MAPDAFE(PromptLearner):
     Our reconstruction of MAP-DAFE (2024) from its abstract. Raises ValueError for a choice that
     is not listed."""
     method, learns_text, learns_image = 'map-dafe', True, True
+    tries = tuple(dict(n_ctx=n, n_visual=n) for n in (2, 4, 8))
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         text:str='read',             # 'read' (A), 'read_eot' (B), 'write' (CoOp's slot) or 'both'
@@ -288,7 +289,7 @@ class MAPDAFE(PromptLearner):
             tokens.copy_(words.tokens.data)
             self.sentences = place(backbone, self.classnames, n, words=phrase)
             return
-        s = Sentences.of(backbone, [f'a photo of a {c}.' for c in self.classnames])
+        s = Sentences.of(backbone, [f'{backbone.phrase} {c}.' for c in self.classnames])
         self.sentences, self.reading = s, Reading(self.text, s, h['text'], h['p2p'])
         if h['start'] == 'eot' and h['text'] != 'read_eot':
             tokens[0] = around(backbone.embed(s.ids[0, s.eot[0]]), n, h['noise'], h['seed'])

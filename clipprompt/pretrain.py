@@ -9,9 +9,10 @@ __all__ = ['VERSION', 'INTEGRITY', 'HOW', 'LICENCES', 'SKIP', 'FAMILIES', 'FAMIL
            'OUT', 'check_integrity', 'open_source', 'Source', 'concept', 'style_of', 'one_size', 'read_icons', 'to_svg',
            'render', 'shrink', 'render_small', 'draw_all', 'md5', 'choose_pairs', 'thin_out', 'ink_map',
            'without_twins', 'candidates', 'clean', 'test_families', 'split', 'emoji_classes', 'to_png', 'fingerprint',
-           'replace_file', 'write_benchmark', 'attribution', 'build', 'encode', 'fill', 'caption', 'other_names',
-           'caption_ids', 'token_ids', 'Pairs', 'row_numbers', 'pad', 'augment', 'contrastive_loss', 'encode_text',
-           'schedule', 'Run', 'train', 'settle_unknown', 'export_weights', 'build_command', 'train_command']
+           'replace_file', 'write_pictures', 'write_benchmark', 'attribution', 'build', 'encode', 'fill', 'caption',
+           'other_names', 'caption_ids', 'token_ids', 'Pairs', 'row_numbers', 'pad', 'augment', 'contrastive_loss',
+           'encode_text', 'schedule', 'Run', 'train', 'settle_unknown', 'export_weights', 'build_command',
+           'train_command']
 
 # %% ../nbs/30_pretrain.ipynb #p003
 import base64, copy, hashlib, io, json, math, os, random, re, tarfile, time, zipfile
@@ -451,20 +452,24 @@ def replace_file(path:Path, write):
     write(beside)
     os.replace(beside, path)
 
+def write_pictures(path:Path, names, pictures): # uint8 [N, 64, 64, 3]
+    "A zip of PNGs that is the same to the byte each time"
+    def write(path):
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_STORED) as z:
+            for name, p in zip(names, pictures):
+                z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), to_png(p))
+    replace_file(path, write)
+
 def write_benchmark(
     rows:pd.DataFrame,    # from `split`
     pictures:np.ndarray,  # uint8 [N, 64, 64, 3], in the same order
     out:Path,
 ):
     "pictograms.zip, pictograms.csv and pictograms.sha256"
-    def write(path):
-        with zipfile.ZipFile(path, 'w', zipfile.ZIP_STORED) as z:
-            for name, p in zip(rows.file, pictures):
-                z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), to_png(p))
-    replace_file(out/'pictograms.zip', write)
-    table = rows[['file', 'class', 'split', 'part', 'set', 'family', 'style']]
+    write_pictures(out/'pictograms.zip', rows.file, pictures)
+    columns = ['file', 'class', 'split', 'part', 'set', 'family', 'style']
     replace_file(out/'pictograms.csv',
-        lambda p: table.to_csv(p, index=False, lineterminator='\n'))
+        lambda p: rows[columns].to_csv(p, index=False, lineterminator='\n'))
     mark = fingerprint(out/'pictograms.zip')
     about = 'decoded pixels of pictograms.zip, see the picto-clip chapter'  # as shipped
     (out/'pictograms.sha256').write_text(f'{mark}  {about}\n')
@@ -562,18 +567,22 @@ def _credits(source:Source, sets:list[str]) -> str:
         lines.append(f"| {s} | {about['name']} | {author} | {licence} |")
     return '\n'.join(lines) + '\n'
 
-def attribution(source:Source, shipped:list[str], learned:list[str]) -> str: # set names
+def attribution(source:Source,
+    shipped:dict[str, list[str]], # names of sets by the archive that holds their pictures
+    learned:list[str],
+) -> str:
     "Who drew the pictures and under which licence, as Markdown"
     intro = (f'All drawings come from the npm package `@iconify/json` {VERSION}, which collects '
         'icon sets under their own licences. Changes: every SVG was drawn in black where its '
         'colour was left open, on white, as a picture of 64 x 64 pixels.\n')
     about_learned = ('These pictures are not shipped; the weights in picto-clip.safetensors were '
         'trained on them.')
-    return '\n'.join(['# Pictures and their authors\n', intro,
-        '## Pictures in pictograms.zip\n\nCopyright of the authors named.\n',
-        _credits(source, shipped),
-        f'## Pictures that picto-clip learned from\n\n{about_learned}\n',
-        _credits(source, learned), TEXTS])
+    parts = ['# Pictures and their authors\n', intro]
+    for archive, sets in shipped.items():
+        parts += [f'## Pictures in {archive}\n\nCopyright of the authors named.\n',
+                  _credits(source, sets)]
+    return '\n'.join([*parts, f'## Pictures that picto-clip learned from\n\n{about_learned}\n',
+                      _credits(source, learned), TEXTS])
 
 # %% ../nbs/30_pretrain.ipynb #p061
 def build(
@@ -597,7 +606,8 @@ def build(
     pre_inks = lambda at: np.array([ink_map(small[i]) for i in at])
     rows = split(clean(rows, inks, pre, pre_inks), pre)
     write_benchmark(rows, pictures[rows.index], out)
-    (out/'PICTURES.md').write_text(attribution(source, rows.set, pre.set), encoding='utf-8')
+    credits = attribution(source, {'pictograms.zip': rows.set}, pre.set)
+    (out/'PICTURES.md').write_text(credits, encoding='utf-8')
     return rows
 
 # %% ../nbs/30_pretrain.ipynb #p063

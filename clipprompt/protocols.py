@@ -4,28 +4,30 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SCORES', 'PROTOCOLS', 'harmonic_mean', 'arguments', 'Method', 'pack_hits', 'unpack_hits', 'called',
-           'draw', 'few_shot', 'base_to_new', 'cross', 'apart', 'second_set', 'domain', 'protocol', 'usual_shots',
-           'summary', 'overall']
+           'draw', 'few_shot', 'base_to_new', 'inside_base', 'tuning', 'cross', 'apart', 'usual_targets', 'domain',
+           'protocol', 'usual_shots', 'summary', 'overall']
 
 # %% ../nbs/07_protocols.ipynb #07-003
 import base64
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from time import perf_counter
 from typing import Callable
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from .backbone import Backbone, nearest
-from .data import DataSet
+from .data import SUITE, DataSet
 from .learner import PromptLearner, Recipe
-from .pictures import DataError
+from .pictures import DOMAINS, DataError
 from .public import PUBLIC
-from .sets import TASKS, load_dataset
-from .evaluation import evaluate
+from .sets import load_dataset
+from .evaluation import Evaluation, evaluate
+from .hooks import Curve
 from .training import fit
 
 # %% ../nbs/07_protocols.ipynb #07-007
@@ -50,7 +52,7 @@ def arguments(cls:type) -> dict[str, Parameter]:
 
 # %% ../nbs/07_protocols.ipynb #07-010
 # What a recipe calls them; the other names are the same
-SETTINGS = dict(cross='cross-dataset', domain='domain-generalisation')
+SETTINGS = dict(cross='cross-dataset', domain='domain-generalisation', tuning='base-to-new')
 
 @dataclass(frozen=True)
 class Method:
@@ -124,10 +126,11 @@ def draw(data:DataSet, shots:int, seed:int=1) -> DataSet:
     """
     Few shots
 
-    Classes of the public sets that have fewer keep all, as in the papers; in your own data that is
-    an error.
+    Classes of the public sets and of our small worlds that have fewer keep all, as in the papers;
+    in your own data that is an error.
     """
-    return data.few_shot(shots, seed, allow_fewer=data.name in PUBLIC)
+    ours = data.name == 'pictograms' and data.task in SUITE
+    return data.few_shot(shots, seed, allow_fewer=ours or data.name in PUBLIC)
 
 # %% ../nbs/07_protocols.ipynb #07-016
 def few_shot(
@@ -149,7 +152,10 @@ def few_shot(
                 accuracy=evaluate(learner, data))
 
 def base_to_new(method:Method, backbone:Backbone, data:DataSet, shots:int=16, seed:int=1,
-                recipe:Recipe|None=None, **how) -> dict:
+    recipe:Recipe|None=None,
+    curve:bool=False, # test along the way, too
+    **how,
+) -> dict:
     """
     Train on the base half, test on both halves with their own names
 
@@ -158,18 +164,72 @@ def base_to_new(method:Method, backbone:Backbone, data:DataSet, shots:int=16, se
     start, data = perf_counter(), draw(data, shots, seed)
     base, new = data.base(), data.new()
     recipe = recipe or method.planned('base-to-new', shots, data.name)
-    learner = method.train(backbone, base, seed, recipe, **how)
-    on_base, on_new, h = evaluate(learner, base), math.nan, math.nan
-    if learner.transfers:
-        on_new = evaluate(learner.for_classes(new.classnames), new)
-        h = harmonic_mean(on_base.accuracy, on_new.accuracy)
-    return _row(method, 'base-to-new', data, shots, seed, start, learner,
-                base=on_base, new=on_new, h=h)
+    learner, points = _along(method, backbone, base, new, seed, recipe, curve, how)
+    row = _row(method, 'base-to-new', data, shots, seed, start, learner,
+               **_both(learner, base, new))
+    return row | dict(curve=points) if curve else row
+
+def _both(learner:PromptLearner, base:DataSet, new:DataSet) -> dict: # base, new, h
+    "Evaluations of both halves"
+    on_base = evaluate(learner, base)
+    if not learner.transfers: return dict(base=on_base, new=math.nan, h=math.nan)
+    on_new = evaluate(learner.for_classes(new.classnames), new)
+    return dict(base=on_base, new=on_new, h=harmonic_mean(on_base.accuracy, on_new.accuracy))
+
+def _along(method, backbone, base, new, seed, recipe, curve, how) -> tuple:
+    "A trained learner, and accuracies along the way if a curve is asked for"
+    if not curve: return method.train(backbone, base, seed, recipe, **how), []
+    def score(learner):
+        both = _both(learner, base, new)
+        return {k: round(e.accuracy, 2) for k, e in both.items() if k != 'h'}
+    along = Curve(score)
+    hooks = [*how.pop('hooks', ()), along]
+    return method.train(backbone, base, seed, recipe, hooks=hooks, **how), along.points
+
+# %% ../nbs/07_protocols.ipynb #07-016c
+def inside_base(data:DataSet, shots:int, seed:int) -> list[tuple[DataSet, DataSet]]:
+    "Twice half of the base classes to learn from and the other half to take for new"
+    if not data.val:
+        raise DataError(f"'{called(data)}' has no validation pictures to tune on")
+    base, pairs = data.base(), []
+    for mine, other in ((base.base(), base.new()), (base.new(), base.base())):
+        drawn = draw(mine, shots, seed)
+        pairs.append((replace(drawn, test=mine.val), replace(other, test=other.train+other.val)))
+    return pairs
+
+def tuning(method:Method, backbone:Backbone, data:DataSet, shots:int=16, seed:int=1,
+           recipe:Recipe|None=None, curve:bool=True, **how) -> dict:
+    """
+    Base to new inside the base half, on validation pictures
+
+    `base`, `new` and `h` in percent, over the pictures of both ways to halve it.
+    """
+    start, parts, curves = perf_counter(), [], []
+    recipe = recipe or method.planned('base-to-new', shots, data.name)
+    how.pop('checkpoint', None)  # two short runs: neither goes on where the other was
+    for mine, other in inside_base(data, shots, seed):
+        learner, points = _along(method, backbone, mine, other, seed, recipe, curve, how)
+        parts.append(_both(learner, mine, other))
+        curves.append(points)
+    both = {name: _pooled([part[name] for part in parts]) for name in ('base', 'new')}
+    h = harmonic_mean(both['base'].accuracy, both['new'].accuracy)
+    row = _row(method, 'tuning', data, shots, seed, start, learner, **both, h=h)
+    return row | dict(curve=[_mean_point(at) for at in zip(*curves)]) if curve else row
+
+def _pooled(parts:list[Evaluation]) -> Evaluation:
+    "Several evaluations as one"
+    def joined(name): return torch.cat([getattr(part, name) for part in parts])
+    return Evaluation(joined('predicted'), joined('rank'), joined('labels'), parts[0].n_classes)
+
+def _mean_point(points:tuple[dict]) -> dict:
+    "Of several curves, at one place"
+    def mean(name): return round(sum(p[name] for p in points)/len(points), 2)
+    return points[0] | {name: mean(name) for name in points[0] if name != 'epoch'}
 
 # %% ../nbs/07_protocols.ipynb #07-018
 def cross(method:Method, backbone:Backbone, data:DataSet, shots:int=16, seed:int=1,
     recipe:Recipe|None=None,
-    targets:list[DataSet]|None=None, # to test on; for Pictograms its second set in the same domain
+    targets:list[DataSet]|None=None, # to test on; None: `usual_targets`
     **how,
 ) -> dict:
     """
@@ -178,7 +238,7 @@ def cross(method:Method, backbone:Backbone, data:DataSet, shots:int=16, seed:int
     `source` and `accuracy`, the mean over targets, in percent (Zhou et al. 2022, CoCoOp, sections
     4.2 and 4.3).
     """
-    targets = targets or [second_set(data)]
+    targets = targets or usual_targets(data)
     apart(targets)
     start, data = perf_counter(), draw(data, shots, seed)
     recipe = recipe or method.planned('cross', shots, data.name)
@@ -202,17 +262,20 @@ def apart(sets:list[DataSet]):
     if twice:
         raise DataError(f"two data sets are called '{min(twice)}'; rename the folder of one")
 
-def second_set(data:DataSet) -> DataSet:
+def usual_targets(data:DataSet) -> list[DataSet]:
     """
     What `cross` tests on after training on Pictograms
 
-    Raises DataError for other data.
+    After the general world the ten themes, after a domain the second set in the same domain. Raises
+    DataError for other data.
     """
-    if data.name != 'pictograms' or data.task not in TASKS['emoji']:
-        raise DataError(f"'{called(data)}' has no second data set to test on; name some with "
-                        'targets= (--targets), or train on a domain of pictograms '
-                        f"({', '.join(TASKS['emoji'])})")
-    return load_dataset('emoji', task=data.task)
+    if data.name == 'pictograms' and data.task == 'general':
+        return [load_dataset('pictograms', task) for task in SUITE if task != 'general']
+    if data.name != 'pictograms' or data.task not in DOMAINS:
+        raise DataError(f"'{called(data)}' has no other data sets to test on; name some with "
+                        'targets= (--targets), or train on general or a domain of pictograms '
+                        f"({', '.join(DOMAINS)})")
+    return [load_dataset('emoji', task=data.task)]
 
 # %% ../nbs/07_protocols.ipynb #07-020
 def domain(method:Method, backbone:Backbone,
@@ -233,7 +296,8 @@ def domain(method:Method, backbone:Backbone,
     return _row(method, 'domain', data, shots, seed, start, learner,
                 accuracy=evaluate(learner, data))
 
-PROTOCOLS = {'few-shot': few_shot, 'base-to-new': base_to_new, 'cross': cross, 'domain': domain}
+PROTOCOLS = {'few-shot': few_shot, 'base-to-new': base_to_new, 'cross': cross, 'domain': domain,
+             'tuning': tuning}
 
 def protocol(name:str) -> Callable[..., dict]:
     "A protocol by its name. Raises ValueError that suggests the nearest"

@@ -58,6 +58,7 @@ class ProVP(Templated):
     bad template.
     """
     method, learns_image, paper = 'provp', True, 'provp'
+    tries = dict(alpha=.01), dict(alpha=.1), dict(alpha=.5)  # how progressive
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         n_visual:int=16, # tokens per block; the code has 16 in base-to-new, 50 in few-shot
@@ -119,3 +120,4 @@ class Reformed:
 class ProVPRef(Reformed, ProVP):
     "Progressive visual prompts with contrastive feature re-formation (Xu et al. 2024)"
     method = 'provp-ref'
+    tries = dict(weight=.1), dict(weight=1.), dict(weight=10.)  # of re-formation

@@ -93,7 +93,7 @@ def about_machine(device:torch.device) -> dict:
                 made=f'{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC')
 
 # %% ../nbs/07b_records.ipynb #07-040
-NESTED = 'hparams', 'recipe', 'data', 'targets', 'marks', 'by_target'
+NESTED = 'hparams', 'recipe', 'data', 'targets', 'marks', 'by_target', 'curve'
 
 def write_record(folder:str|Path, rec:dict):
     "As FOLDER/RUN.json"

@@ -16,7 +16,7 @@ from .backbone import Backbone, load_backbone
 from .data import DataSet
 from .learner import Recipe
 from .methods import find_method
-from .protocols import Method, apart, draw, protocol, second_set, usual_shots
+from .protocols import Method, apart, draw, protocol, usual_shots, usual_targets
 from .records import mark_of, run_id
 from .sets import find_data, split_name
 
@@ -40,6 +40,7 @@ class Run:
     select:str|None=None        # which epoch's prompts are kept, instead of the recipe's choice
     hparams:dict=field(default_factory=dict)  # settings of the method or its recipe, by name
     skip_broken:bool=False      # leave unreadable images of a folder out
+    curve:bool=False            # test along the way, too
     workers:int|None=None       # processes that read pictures
     text_chunk:int|None=None    # sentences that go through the text tower at once
     checkpoint_text:bool=False  # keep no activations of the text tower
@@ -150,7 +151,7 @@ class Store:
         key = task, unseen, root, skip_broken
         if key not in self._sets:
             data = find_data(task, 'domain' if unseen else 'few-shot', root, skip_broken)
-            if len(self._sets) == 8: del self._sets[next(iter(self._sets))]
+            if len(self._sets) == 16: del self._sets[next(iter(self._sets))]
             self._sets[key] = data, data.fingerprint
         return self._sets[key]
 
@@ -176,7 +177,7 @@ def load_run(run:Run,
     aims = run.targets if run.protocol == 'cross' else ()
     found = [store.data(t, 'cross', run.root, run.skip_broken) for t in aims]
     targets, marks = [t for t, _ in found], [m for _, m in found]
-    if run.protocol == 'cross' and not targets: second_set(data)
+    if run.protocol == 'cross' and not targets: usual_targets(data)
     if run.protocol == 'base-to-new': data.new()
     draw(data, run.shots, run.seed)
     method = planned(run, data.name)

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 from torchvision.datasets import DatasetFolder
 
 from .backbone import nearest
-from .data import PICTOGRAMS, DataSet, join, pictograms, template_of
+from .data import PICTOGRAMS, SUITE, DataSet, join, pictograms, template_of
 from .disk import words
 from .own import chosen_domains, read_own
 from .pictures import DOMAINS, DataError, DataNotFound, Item, below, said, open_image
@@ -33,7 +33,7 @@ def load_dataset(
     # 'pictograms', 'emoji', a name in PUBLIC, or the path of a folder of images or of a table
     # (.csv, .tsv)
     name:str|Path='pictograms',
-    # a domain of those in TASKS (pictograms: pixels unless told otherwise, emoji: icons), or of a
+    # one of those in TASKS (pictograms: pixels unless told otherwise, emoji: icons), or a domain of a
     # table with a column "domain"
     task:str|None=None,
     # the folder that holds the public sets; for pictograms, where the archive lies, if not in the
@@ -77,7 +77,7 @@ def _joined(name:str, task:str|None, sources, load) -> DataSet:
     if name not in TASKS:
         raise DataError(f"'{name}' has no domains, but sources were given; leave them out")
     target = load(task)
-    domains = [t for t in TASKS[name] if t != 'styles'] # there is nothing to train on in styles
+    domains = [*DOMAINS] if name in PICTOGRAMS else TASKS[name]
     return join([load(s) for s in chosen_domains(sources, target.task, domains)], target)
 
 def _own_path(name:str|Path, root) -> Path:
@@ -91,10 +91,13 @@ def _own_path(name:str|Path, root) -> Path:
 
 # %% ../nbs/04d_sets.ipynb #04d-011
 def split_name(text:str|Path) -> tuple[str|Path, str]:
-    "Data set (own pictures as a Path) and domain. Raises ValueError that suggests the nearest"
+    "Data set (own pictures as a Path) and task. Raises ValueError that suggests the nearest"
     text = str(text)
-    domains, names = [*DOMAINS, 'styles'], ['pictograms', 'emoji', *PUBLIC]
-    if text in domains: return 'pictograms', text
+    tasks, names = PICTOGRAMS['pictograms'], ['pictograms', 'emoji', *PUBLIC]
+    if text in SUITE and Path(text).exists():
+        raise ValueError(f"'{text}' is a task of Pictograms and a folder here; write "
+                         f'pictograms/{text} or ./{text}')
+    if text in tasks: return 'pictograms', text
     name, _, part = text.partition('/')
     if name in names: return name, part
     path = Path(text).expanduser()
@@ -102,12 +105,12 @@ def split_name(text:str|Path) -> tuple[str|Path, str]:
     is_word = not any(c in text for c in '/\\.~')
     if is_word and not path.exists():
         raise ValueError(f"unknown data '{text}', and no such folder or table is here; "
-                         f'{nearest(text, [*domains, *names])}')
+                         f'{nearest(text, [*tasks, *names])}')
     return path, ''
 
 # %% ../nbs/04d_sets.ipynb #04d-014
 def find_data(
-    text:str|Path,             # domain of Pictograms, NAME[/DOMAIN], folder, TABLE[/DOMAIN]
+    text:str|Path,             # task of Pictograms, NAME[/DOMAIN], folder, TABLE[/DOMAIN]
     protocol_name:str='base-to-new', # under 'domain' the domain is what is left out
     root:str|Path|None=None,   # the folder of the public data sets
     skip_broken:bool=False,    # leave unreadable images of a folder out

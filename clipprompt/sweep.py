@@ -58,9 +58,10 @@ def _may_pass(e:Exception) -> bool:
 def _do(run:Run, at:Loaded, out:Path, progress:bool=False):
     "Train and test, then write the record"
     half = out/'checkpoints'/f'{at.name}.safetensors'
+    more = dict(curve=True) if run.curve else {}
     rec = record(at.method, run.protocol, at.backbone, at.data, run.shots, run.seed, at.recipe,
         at.targets or None, at.mark, checkpoint=half, progress=progress, workers=run.workers,
-        text_chunk=run.text_chunk, checkpoint_text=run.checkpoint_text)
+        text_chunk=run.text_chunk, checkpoint_text=run.checkpoint_text, **more)
     write_record(out/'records', rec)
     half.unlink(missing_ok=True)
 

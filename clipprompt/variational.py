@@ -192,6 +192,7 @@ def _released(dataset:str) -> tuple[int, int]: # samples, epochs
 class VariationalCoOp(Variational, CoOp):
     "CoOp with one Gaussian for all images (Derakhshani et al. 2023, unconditional)"
     method, drawn = 'variational-coop', True
+    tries = dict(kl_weight=1e-4), dict(kl_weight=1e-3), dict(kl_weight=1e-2)
     cpu_hparams, usual_n_ctx = {}, 4
 
     def __init__(self, backbone:Backbone, classnames:list[str],

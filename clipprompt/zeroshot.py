@@ -46,7 +46,8 @@ class Templated(PromptLearner):
     @property
     def templates(self) -> list[str]:
         known = self.hparams['templates']
-        if known is None: known = template_of('', self.paper)
+        if known is None: # the sentence for sets that no list names, as this CLIP would begin it
+            known = template_of('', self.paper).replace('a photo of a', self.backbone.phrase)
         return [known] if isinstance(known, str) else list(known)
 
     def suits(self, data:DataSet) -> dict:
