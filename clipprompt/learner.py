@@ -8,7 +8,6 @@ __all__ = ['FP16_SCALE', 'Classifier', 'frozen_key', 'Recipe', 'PromptLearner', 
 # %% ../nbs/05_learner.ipynb #05-003
 import json
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import __version__
-from .backbone import Backbone, assets, nearest
+from .backbone import Backbone, nearest
 from .data import DataSet
 from .files import keep, write_safely
 from .hub import local_prompts, push
@@ -178,17 +177,11 @@ class Recipe:
 # %% ../nbs/05_learner.ipynb #05-022
 FP16_SCALE = 1024.  # keeps small gradients above fp16's smallest number
 
-@cache
-def _tuned() -> dict[str, dict]: # method -> lr, epochs, hparams
-    "What the tuning chapter chose"
-    path = assets()/'tuned.json'
-    return json.loads(path.read_text()) if path.is_file() else {}
-
 class _Trainable(Classifier):
     "What training asks of a learner, and what its paper says about it"
     per_image = False  # does each image have prompts of its own?
     drawn = False      # are prompts drawn from a distribution?
-    cpu_hparams = {}   # arguments of the learner that go with `affordable`
+    cpu_hparams = {}   # arguments of the learner that go with `budget`
     tries = ()         # what tuning may set: values of the argument its paper calls decisive
 
     @classmethod
@@ -221,15 +214,18 @@ class _Trainable(Classifier):
 
     @classmethod
     def budget(cls) -> Recipe:
-        "The affordable recipe with the rate and the epochs that tuning chose, where it did"
-        chosen, r = _tuned().get(cls.method, {}), cls.affordable()
-        changes = {name: chosen[name] for name in ('lr', 'epochs') if name in chosen}
-        return replace(r, **changes, source=f'{r.source}; tuned by us') if changes else r
-
-    @classmethod
-    def usual_hparams(cls) -> dict:
-        "Arguments of the learner that go with `budget`"
-        return cls.cpu_hparams | _tuned().get(cls.method, {}).get('hparams', {})
+        "The paper's base-to-new recipe, scaled for two CPU cores by the book's one rule"
+        r = cls.recipe('base-to-new', 16)
+        if not r.epochs: return r
+        if cls.learns_image:
+            lr = r.lr if r.batch_size == 32 else .005
+            scaled = dict(epochs=10, batch_size=32, lr=lr)
+        elif cls.per_image and cls.drawn:
+            scaled = dict(epochs=2, batch_size=8, views=2, lr=.02, warmup_epochs=0)
+        elif cls.per_image: scaled = dict(epochs=3, batch_size=8, views=3)
+        elif cls.drawn: scaled = dict(epochs=12, batch_size=32, views=8, lr=.1)
+        else: scaled = dict(epochs=50, batch_size=32, views=8)
+        return replace(r, **scaled, source=f'{r.source}; scaled for two CPU cores')
 
     def prepare(self, data:DataSet):
         """

@@ -153,7 +153,7 @@ def find_method(
     "A method with its settings and recipe. Raises ValueError for a name that nobody knows"
     method = what if isinstance(what, Method) else Method(find_class(what))
     cls, setting = method.cls, SETTINGS.get(protocol_name, protocol_name)
-    if budget == 'book': usual, recipe = cls.usual_hparams(), cls.budget()
+    if budget == 'book': usual, recipe = cls.cpu_hparams, cls.budget()
     elif budget == 'paper':
         usual = cls.published(setting, shots, dataset)
         recipe = cls.recipe(setting, shots, dataset)

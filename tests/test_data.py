@@ -24,11 +24,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from clipprompt.data import ENSEMBLE, PICTOGRAM_TEMPLATES, TEMPLATES, DataSet, template_of
+from clipprompt.data import (ENSEMBLE, PICTOGRAM_TEMPLATES, SUITE, TEMPLATES, DataSet,
+                             template_of)
 from clipprompt.disk import all_broken
 from clipprompt.pictures import (DOMAINS, DataError, DataNotFound, Files, Item, edge_map, pixelate,
                                  rotate90, test_transform, to_rgb, train_transform)
-from clipprompt.sets import TASKS, load_dataset
+from clipprompt.protocols import draw
+from clipprompt.sets import TASKS, load_dataset, split_name
 
 CLIP = SimpleNamespace(image_size=32, mean=(.48, .46, .41), std=(.27, .26, .28),
                        interpolation='bicubic')
@@ -214,7 +216,8 @@ def test_templates():
     ('coop', 'oxford_pets', 'a photo of a {}, a type of pet.'),
     ('coop', 'dtd', '{} texture.'),
     ('coop', 'food101', 'a photo of {}, a type of food.'),
-    ('coop', 'pictograms', 'a photo of a {}.'),
+    ('coop', 'pictograms', 'an icon of a {}.'),
+    ('metaprompt', 'emoji', 'an icon of a {}'),
     ('provp', 'OxfordPets', 'a type of pet, a photo of a {}.'),
     ('provp', 'FGVCAircraft', 'a type of aircraft, a photo of a {}.'),
     ('provp', 'DescribableTextures', 'a texture of {}.'),
@@ -328,17 +331,49 @@ def test_looking_leaves_warnings_as_they_were(folder, monkeypatch):
 @pytest.mark.parametrize('name,task', [(n, t) for n in ('pictograms', 'emoji') for t in TASKS[n]])
 def test_shipped_tasks(name, task):
     data = load_dataset(name, task)
-    assert (data.name, data.task, data.template) == (name, task, 'a photo of a {}.')
+    assert (data.name, data.task, data.template) == (name, task, 'an icon of a {}.')
     assert data.classnames == sorted(set(data.classnames))
     assert not any('_' in c for c in data.classnames)
     assert not {i.path for i in data.train} & {i.path for i in data.test}
     assert all(i.domain for i in data.train)
-    assert {i.label
-            for i in data.train} == {i.label
-                                     for i in data.test} == set(range(len(data.classnames)))
+    every = set(range(len(data.classnames)))
+    assert {i.label for i in data.train} == {i.label for i in data.test} == every
     for item in (data.train[0], data.test[-1]):
         image = data.read(item)
         assert image.size == (64, 64) and image.mode == 'RGB' and np.asarray(image).std() > 5
+
+
+@pytest.mark.parametrize('task', SUITE)
+def test_small_worlds(task):
+    data = load_dataset(task=task)
+    parts = dict(train=data.train, val=data.val, test=data.test)
+    assert len(data.classnames) >= 12 and len(data.test) >= 100
+    for part, least in (('train', 8), ('val', 1), ('test', 3)):
+        count = Counter(i.label for i in parts[part])
+        assert min(count[label] for label in range(len(data.classnames))) >= least, part
+    hands = [{i.domain for i in items} for items in parts.values()]
+    assert not (hands[0] & hands[1] or hands[0] & hands[2] or hands[1] & hands[2])
+    assert data.flip == SUITE[task].flip and data.crop_scale == (.6, 1.)
+    assert data.domain is SUITE[task].look
+    few = draw(data, 16, 1)
+    assert max(Counter(i.label for i in few.train).values()) <= 16
+    with pytest.raises(DataError): data.few_shot(1000)
+
+
+def test_a_look_is_part_of_the_fingerprint():
+    arrows = load_dataset(task='arrows')
+    seen = {replace(arrows, domain=world.look).fingerprint for world in SUITE.values()}
+    assert len(seen) == len({world.look for world in SUITE.values()}) == 4
+
+
+def test_a_world_and_a_folder_of_one_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split_name('tools') == ('pictograms', 'tools')
+    (tmp_path/'tools').mkdir()
+    with pytest.raises(ValueError) as e: split_name('tools')
+    one_line(e, 'pictograms/tools', './tools')
+    assert split_name('pictograms/tools') == ('pictograms', 'tools')
+    assert split_name('./tools')[0] == Path('tools')
 
 
 def test_pictograms_protocol(pictograms):

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from clipprompt import pretrain as P
 from clipprompt.backbone import assets
+from clipprompt.suite import build_suite
 
 BELL = ('<path fill="none" stroke="currentColor" stroke-linecap="round" '
         'stroke-linejoin="round" stroke-width="2" '
@@ -113,7 +114,9 @@ def test_attribution(table):
     text = (assets()/'PICTURES.md').read_text(encoding='utf-8')
     shipped, learned = text.split('## Pictures that picto-clip learned from')
     listed = lambda part: set(re.findall(r'^\| ([a-z0-9-]+) \|', part, re.M)) - {'set'}
-    assert listed(shipped) == set(table.set)
+    suite = pd.read_csv(assets()/'suite.csv')
+    first, second = shipped.split('## Pictures in suite.zip')
+    assert listed(first) == set(table.set) and listed(second) == set(suite.set)
     assert {P.FAMILY.get(s, s) for s in listed(learned)} == P.PRETRAIN
     licence = r'\| \[?(MIT|Apache-2\.0|ISC|BSD-3-Clause|CC0-1\.0)\]?'
     used = set(re.findall(licence + r'[^|]*\|$', text, re.M))
@@ -349,8 +352,10 @@ def test_rebuild_equals_what_is_shipped(tmp_path):
     source = os.environ.get('CLIPPROMPT_ICONIFY')
     if not source: pytest.skip(f'set CLIPPROMPT_ICONIFY to iconify-json-{P.VERSION}.tgz; {P.HOW}')
     pytest.importorskip('resvg_py', reason='needs clipprompt[pretrain]')
-    P.build(P.open_source(Path(source), tmp_path/'source'), tmp_path)
-    for name in ('pictograms.csv', 'pictograms.sha256', 'PICTURES.md'):
+    icons = P.open_source(Path(source), tmp_path/'source')
+    P.build(icons, tmp_path)
+    build_suite(icons, tmp_path)
+    for name in ('pictograms.csv', 'pictograms.sha256', 'suite.csv', 'suite.sha256', 'PICTURES.md'):
         assert (tmp_path/name).read_bytes() == (assets()/name).read_bytes(), name
     with safe_open(assets()/'picto-clip.safetensors', 'pt') as f:
         assert P.Pairs.load(tmp_path).token_ids == f.get_tensor('token_ids').tolist()
