@@ -21,11 +21,11 @@ from . import __version__
 from . import cli_runs  # noqa: F401, registers compare, sweep and rerun
 from .backbone import load_backbone
 from .bench import CASES, bench, bench_scale, speed_table
-from .console import (DATA_WORDS, METHOD_NAMES, TASKS, app, check_select, entries, err,
+from .console import (DATA_WORDS, METHOD_NAMES, app, check_select, entries, err,
     for_people, given_settings, out, print_json, run_app, show_table, write_result)
 from .console import (Again, Budget, Cache, Chunk, Device, Epochs, Half, Json, Model,
     Root, Select, Set, Skip, Weights, Workers)
-from .data import DataSet
+from .data import PICTOGRAMS, DataSet
 from .evaluation import evaluate
 from .files import check_writable
 from .hooks import Lines, shows_bars
@@ -34,7 +34,7 @@ from .inference import Prediction, listed, predictions
 from .learner import PromptLearner, read_prompts
 from .methods import find_method, load, methods as all_methods
 from .prompts import clean_names
-from .protocols import PROTOCOLS
+from .protocols import PROTOCOLS, draw
 from .public import PUBLIC
 from .sets import load_dataset, split_name
 
@@ -42,7 +42,7 @@ from .sets import load_dataset, split_name
 class Classes(str, Enum): all, base, new = 'all', 'base', 'new'
 
 Data = Annotated[str|None, Argument(help=f'short for --task: {DATA_WORDS}')]
-Task = Annotated[str|None, Option(help='the data; pixels where not given')]
+Task = Annotated[str|None, Option(help='the data; devices where not given')]
 Which = Annotated[Classes, Option(help='all classes, or the base or new half')]
 Sources = Annotated[str|None, Option(
     help="train on these domains, comma-separated, or 'rest', and test on the one named")]
@@ -51,7 +51,7 @@ Prompts = Annotated[str, Argument(help='file from `clipprompt train`, '
 
 def _named(data:str|None, task:str|None) -> str:
     "What DATA or --task names. Raises ValueError where both do"
-    if not (data and task): return data or task or 'pixels'
+    if not (data and task): return data or task or 'devices'
     raise ValueError(f"DATA and --task mean the same, and both are given; for '{task}' of "
                      f"'{data}' write --task {data.rstrip('/')}/{task}")
 
@@ -69,7 +69,7 @@ def _data(text:str, classes:Classes, shots:int|None=None, seed:int=1, skip_broke
     if sources and sources != 'rest': sources = entries(sources, what='sources')
     there = root if name in PUBLIC else None
     data = load_dataset(name, part or None, there, skip_broken, sources=sources)
-    if shots: data = data.few_shot(shots, seed)
+    if shots: data = draw(data, shots, seed)
     if classes is Classes.base: return data.base()
     return data.new() if classes is Classes.new else data
 
@@ -114,7 +114,7 @@ def train(
     """Learn prompts and save them.
 
     Examples:
-    clipprompt train pixels --shots 16
+    clipprompt train devices --shots 16
     clipprompt train photos/ --out photos.safetensors
     clipprompt train photos/ --method vpt --set depth=4 --set lr=0.01
     clipprompt train photos.csv/sketch --sources rest
@@ -171,7 +171,7 @@ def evaluate_command(
     """Score a prompt file on a test set, with that set's class names.
 
     Examples:
-    clipprompt evaluate prompts.safetensors pixels --classes new
+    clipprompt evaluate prompts.safetensors devices --classes new
     clipprompt evaluate photos.safetensors photos/ --per-class
     clipprompt evaluate photos.safetensors photos/ --out scores.csv
     """
@@ -331,7 +331,7 @@ def _about(prompts:str) -> dict:
 
 def _installed(device:str|None) -> dict:
     clip = load_backbone(device=device)
-    data = [load_dataset('pictograms', task=t) for t in (*TASKS, 'styles')]
+    data = [load_dataset('pictograms', task=t) for t in PICTOGRAMS['pictograms']]
     return dict(version=__version__, torch=torch.__version__, device=str(clip.device),
                 backbone=repr(clip), methods=list(all_methods()), protocols=list(PROTOCOLS),
                 data=[str(d) for d in (*data, load_dataset('emoji'))])

@@ -15,14 +15,16 @@ import pandas as pd
 from typer import Argument, Option
 
 from .backbone import load_backbone
-from .console import (DATA_WORDS, METHOD_NAMES, TASKS, app, check_select, entries, err,
+from .console import (DATA_WORDS, METHOD_NAMES, app, check_select, entries, err,
     for_people, given_settings, out, print_json, show_table)
 from .console import (Again, Budget, Cache, Chunk, Device, Epochs, Half, Json, Model,
     Root, Select, Set, Skip, Targets, Weights, Workers)
+from .data import SUITE
 from .files import check_writable
 from .learner import Recipe
 from .methods import methods as all_methods, rerun
-from .protocols import PROTOCOLS, SCORES, protocol, usual_shots
+from .pictures import DOMAINS
+from .protocols import PROTOCOLS, SCORES, protocol, usual_shots, usual_task
 from .records import known_runs, read_records, write_table
 from .report import compare, plot, table
 from .runs import Run, Store, check_runs, grid, load_run, planned
@@ -47,7 +49,11 @@ def _budgets(runs:list[Run], dataset:str) -> str:
     who = {b: ', '.join(named(m, ks) for m, ks in methods.items()) for b, methods in told.items()}
     return '; '.join(f'{methods}: {b}' for b, methods in who.items())
 
-def _tasks(text:str) -> list[str]: return TASKS if text == 'all' else entries(text, what='task')
+def _tasks(text:str|None, protocols:list[str]) -> list[str]|None:
+    "What --task says; `all` is all small worlds, or the domains where the question is about them"
+    if text is None: return None
+    if text != 'all': return entries(text, what='task')
+    return [*DOMAINS] if 'domain' in protocols else [f'pictograms/{t}' for t in SUITE]
 
 def _targets(text:str|None): return entries(text, what='targets') if text else ()
 
@@ -62,7 +68,8 @@ _known = f'comma-separated; known: {METHOD_NAMES}'
 @app.command('compare')
 def compare_command(
     methods:Annotated[str, Option(help=_known)]=_every,
-    task:Annotated[str, Option(help=f'comma-separated: {DATA_WORDS}; all: the domains')]='pixels',
+    task:Annotated[str|None, Option(help=f'comma-separated: {DATA_WORDS}; all: the small worlds; '
+        'devices where not given, general in protocol cross, pixels in domain')]=None,
     protocol_name:Annotated[str, Option('--protocol', help=' or '.join(PROTOCOLS))]='base-to-new',
     shots:Annotated[str|None, Option(help='training images per class; several make a curve; '
         '16 where not given, 4 per source in protocol domain')]=None,
@@ -91,12 +98,13 @@ def compare_command(
     protocol(protocol_name)
     check_select(select)
     if quick: shots, epochs = shots or '2', epochs or 2
-    names, tasks = entries(methods, what='methods'), _tasks(task)
+    names, tasks = entries(methods, what='methods'), _tasks(task, [protocol_name])
     numbers, given = entries(seeds, int, 'seeds'), given_settings(settings)
     ks = [usual_shots(protocol_name)] if shots is None else entries(shots, int, 'shots')
     what = dict(budget=budget, epochs=epochs, select=select, hparams=given)
-    spent = _budgets([Run(m, tasks[0], protocol_name, k, **what) for m, k in product(names, ks)],
-                     tasks[0].partition('/')[0])
+    first = tasks[0] if tasks else usual_task(protocol_name)
+    spent = _budgets([Run(m, first, protocol_name, k, **what) for m, k in product(names, ks)],
+                     first.partition('/')[0])
     backbone = load_backbone(model, pretrained, device, precision=precision,
                              cache=cache or out_dir/'features')
     err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, shots "
@@ -150,7 +158,8 @@ def _keep(left:Swept, runs:list[Run], out_dir:Path, before:dict, as_json:bool):
 @app.command('sweep')
 def sweep_command(
     methods:Annotated[str, Option(help=_known)]=_every,
-    task:Annotated[str, Option(help=f'comma-separated: {DATA_WORDS}; all: the domains')]='pixels',
+    task:Annotated[str|None, Option(help=f'comma-separated: {DATA_WORDS}; all: the small worlds; '
+        'devices where not given, general in protocol cross, pixels in domain')]=None,
     protocols:Annotated[str, Option('--protocol',
         help='comma-separated: ' + ', '.join(PROTOCOLS))]='base-to-new',
     shots:Annotated[str|None, Option(help='training images per class, comma-separated; '
@@ -186,7 +195,8 @@ def sweep_command(
                          'add --ray local, or leave them out')
     check_select(select)
     out_dir = out_dir.expanduser()
-    runs = grid(entries(methods, what='methods'), _tasks(task), entries(protocols, what='protocol'),
+    asked = entries(protocols, what='protocol')
+    runs = grid(entries(methods, what='methods'), _tasks(task, asked), asked,
         None if shots is None else entries(shots, int, 'shots'), entries(seeds, int, 'seeds'),
         backbone=model, pretrained=pretrained, precision=precision, device=device,
         root=root and str(root), targets=_targets(targets), budget=budget, epochs=epochs,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'plain', 'out', 'err', 'Model', 'Weights', 'Half', 'Device', 'Cache', 'Root', 'Targets', 'Budget', 'Skip',
-           'Json', 'Set', 'Select', 'Epochs', 'Workers', 'Chunk', 'Again', 'TASKS', 'METHOD_NAMES', 'DATA_WORDS',
-           'entries', 'show_table', 'write_result', 'print_json', 'for_people', 'given_settings', 'check_select',
-           'run_app', 'shell']
+           'Json', 'Set', 'Select', 'Epochs', 'Workers', 'Chunk', 'Again', 'METHOD_NAMES', 'DATA_WORDS', 'entries',
+           'show_table', 'write_result', 'print_json', 'for_people', 'given_settings', 'check_select', 'run_app',
+           'shell']
 
 # %% ../nbs/40_console.ipynb #40-104
 import csv, io, json, sys, warnings
@@ -22,6 +22,7 @@ from rich.table import Table
 from typer import Option
 
 from . import __version__
+from .data import SUITE
 from .files import write_safely
 from .learner import Recipe
 from .methods import methods
@@ -127,9 +128,9 @@ Chunk = Annotated[int|None, Option('--text-chunk', min=1,
     help='sentences that go through the text tower at once; fewer take less memory')]
 Again = Annotated[bool, Option('--checkpoint-text', help='compute the text tower twice '
     'instead of keeping its activations: half the speed, far less memory')]
-TASKS = list(DOMAINS)
 METHOD_NAMES = ', '.join(methods())
-DATA_WORDS = (f"{'|'.join(TASKS)}|styles, emoji, a public data set (caltech101, pacs/sketch), "
+DATA_WORDS = (f"a small world of Pictograms ({', '.join(SUITE)}), one of its first domains "
+    f"({', '.join(DOMAINS)}, styles), emoji, a public data set (caltech101, pacs/sketch), "
     'a folder with one sub-folder of images per class, or a table of path and label '
     '(photos.csv, photos.csv/sketch)')
 

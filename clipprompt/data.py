@@ -295,13 +295,13 @@ PICTOGRAMS = {'pictograms': [*SUITE, *DOMAINS, 'styles'], 'emoji': [*DOMAINS]} #
 
 # %% ../nbs/04_data.ipynb #04-040
 def pictograms(
-    task:str|None=None,     # one of PICTOGRAMS[name]; None: pixels, of emoji icons
+    task:str|None=None,     # one of PICTOGRAMS[name]; None: devices, of emoji icons
     name:str='pictograms',  # or 'emoji'
     root:Path|None=None,    # where the archives lie, if not in the package
 ) -> DataSet:
     "The shipped pictures (`pictograms`) or their second data set (`emoji`)"
     if name not in PICTOGRAMS: raise unknown('set of pictograms', name, [*PICTOGRAMS])
-    task = task or {'pictograms': 'pixels', 'emoji': 'icons'}[name]
+    task = task or {'pictograms': 'devices', 'emoji': 'icons'}[name]
     if task not in PICTOGRAMS[name]: raise unknown(f'task of {name}', task, PICTOGRAMS[name])
     world = SUITE.get(task, World(DOMAINS.get(task, as_drawn), False))
     table = 'suite' if task in SUITE else 'pictograms'

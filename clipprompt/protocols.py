@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'SCORES', 'PROTOCOLS', 'harmonic_mean', 'arguments', 'Method', 'pack_hits', 'unpack_hits', 'called',
            'draw', 'few_shot', 'base_to_new', 'inside_base', 'tuning', 'cross', 'apart', 'usual_targets', 'domain',
-           'protocol', 'usual_shots', 'summary', 'overall']
+           'protocol', 'usual_shots', 'usual_task', 'summary', 'overall']
 
 # %% ../nbs/07_protocols.ipynb #07-003
 import base64
@@ -312,6 +312,15 @@ def usual_shots(protocol_name:str) -> int:
     16 images of each class, as the papers' main tables; 4 of each class and source domain.
     """
     return 4 if protocol_name == 'domain' else 16
+
+def usual_task(protocol_name:str) -> str:
+    """
+    Where nobody says
+
+    One of the small worlds; the general one where themes are the targets, and the first edition's
+    in a protocol about domains.
+    """
+    return dict(cross='general', domain='pixels').get(protocol_name, 'devices')
 
 # %% ../nbs/07_protocols.ipynb #07-030
 def summary(rows:pd.DataFrame) -> pd.DataFrame: # one line per protocol, task, shots and method

@@ -30,7 +30,7 @@ def compare(
     seeds:list[int]=(1,),          # the papers take 1, 2 and 3
     shots:list[int]|None=None,     # None: 16, or 4 of each source under protocol 'domain'
     protocol_name:str='base-to-new',
-    tasks:list[str]=('pixels',),   # domains of Pictograms, or folders of images
+    tasks:list[str]|None=None,     # of Pictograms, or folders of images; None: the usual one
     backbone:Backbone|None=None,   # picto-clip where None
     epochs:int|None=None,          # instead of each method's own number
     # 'last', 'best_on_val', or 'best_on_test', as some published numbers were made; None: as the

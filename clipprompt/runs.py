@@ -16,7 +16,8 @@ from .backbone import Backbone, load_backbone
 from .data import DataSet
 from .learner import Recipe
 from .methods import find_method
-from .protocols import Method, apart, draw, protocol, usual_shots, usual_targets
+from .protocols import Method, apart, draw, protocol, usual_shots
+from .protocols import usual_targets, usual_task
 from .records import mark_of, run_id
 from .sets import find_data, split_name
 
@@ -25,7 +26,7 @@ from .sets import find_data, split_name
 class Run:
     "What a machine needs to know to do one line of a results table"
     method:str|type|Method      # a name, a PromptLearner, or one with settings of its own
-    task:str='pixels'           # a domain of Pictograms, NAME, NAME/DOMAIN, a folder, a table
+    task:str='devices'          # a task of Pictograms, NAME, NAME/DOMAIN, a folder, a table
     protocol:str='base-to-new'
     shots:int=16
     seed:int=1
@@ -104,20 +105,23 @@ def _one_name_each(runs:list[Run]):
 
 def grid(
     methods:list,               # names, classes or Methods
-    tasks:list[str]=('pixels',), protocols:list[str]=('base-to-new',),
+    tasks:list[str]|None=None,  # None: the usual one of each protocol
+    protocols:list[str]=('base-to-new',),
     shots:list[int]|None=None,  # None: 16, or 4 of each source under protocol 'domain'
     seeds:list[int]=(1, 2, 3),
     **same,                     # the other fields of `Run`
 ) -> list[Run]:
     "All combinations. Raises ValueError for a name that nobody knows or an empty list"
-    _lists(methods=methods, tasks=tasks, protocols=protocols,
+    _lists(methods=methods, tasks=('usual',) if tasks is None else tasks, protocols=protocols,
         shots=(16,) if shots is None else shots, seeds=seeds)
     for p in protocols: protocol(p)
     if same.get('targets') and 'cross' not in protocols:
         raise ValueError(f"only protocol 'cross' has targets, and it is not among "
                          f"{', '.join(protocols)}; leave them out (--targets), or add it")
     same, runs = _in_full(same), []
-    for t, p in product([_whole(t) for t in tasks], protocols):
+    every = [None] if tasks is None else [_whole(t) for t in tasks]
+    for t, p in product(every, protocols):
+        t = usual_task(p) if t is None else t
         some = product(shots or [usual_shots(p)], seeds, methods)
         runs += [Run(m, t, p, k, seed, **same) for k, seed, m in some]
     for run in runs[:len(methods)]: planned(run)

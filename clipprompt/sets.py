@@ -33,8 +33,8 @@ def load_dataset(
     # 'pictograms', 'emoji', a name in PUBLIC, or the path of a folder of images or of a table
     # (.csv, .tsv)
     name:str|Path='pictograms',
-    # one of those in TASKS (pictograms: pixels unless told otherwise, emoji: icons), or a domain of a
-    # table with a column "domain"
+    # one of those in TASKS (pictograms: devices unless told otherwise, emoji: icons), or a domain
+    # of a table with a column "domain"
     task:str|None=None,
     # the folder that holds the public sets; for pictograms, where the archive lies, if not in the
     # package
