@@ -34,7 +34,7 @@ from .inference import Prediction, listed, predictions
 from .learner import PromptLearner, read_prompts
 from .methods import find_method, load, methods as all_methods
 from .prompts import clean_names
-from .protocols import PROTOCOLS, draw
+from .protocols import PROTOCOLS
 from .public import PUBLIC
 from .sets import load_dataset, split_name
 
@@ -69,7 +69,7 @@ def _data(text:str, classes:Classes, shots:int|None=None, seed:int=1, skip_broke
     if sources and sources != 'rest': sources = entries(sources, what='sources')
     there = root if name in PUBLIC else None
     data = load_dataset(name, part or None, there, skip_broken, sources=sources)
-    if shots: data = draw(data, shots, seed)
+    if shots: data = data.few_shot(shots, seed)
     if classes is Classes.base: return data.base()
     return data.new() if classes is Classes.new else data
 

@@ -71,6 +71,8 @@ class DataSet:
     crop_scale:tuple=(0.08, 1.0)    # share of the area that a random training crop keeps
     flip:bool=True                  # may training pictures be mirrored?
     by_domain:bool=False            # are few shots drawn from each domain apart?
+    # do classes with fewer pictures than asked for keep all, as in the papers? Else it is an error
+    few_are_fine:bool=False
     # to choose settings on; nothing in this book trains on it or is scored on it
     val:list[Item]=field(default_factory=list)
     split:str=''                    # where the split comes from, one line
@@ -126,11 +128,11 @@ class DataSet:
     def few_shot(self,
         shots:int,              # K, pictures per class
         seed:int=1,             # the papers use 1, 2 and 3
-        allow_fewer:bool=False, # keep a class that has fewer whole, as the papers do; no error
+        allow_fewer:bool=False, # keep a class that has fewer whole, whatever the set says
     ) -> 'DataSet':
         "Keep K training pictures per class, chosen as CoOp chooses them"
         pools, train, val = _pools(self), [], []
-        _check_shots(self, pools, shots, allow_fewer)
+        _check_shots(self, pools, shots, allow_fewer or self.few_are_fine)
         for mine, to_choose_on in pools:
             rng = random.Random(int(seed))
             train += sample_shots(mine, int(shots), rng)
@@ -318,6 +320,7 @@ def pictograms(
     parts = {part: items(rows) for part, rows in parts.items()}
     return DataSet(name, classnames, **parts, template=template_of(name), source=source,
                    domain=world.look, task=task, crop_scale=(0.6, 1.0), flip=world.flip,
+                   few_are_fine=task in SUITE,
                    split=f'{table}.csv, families of artists apart')
 
 # %% ../nbs/04_data.ipynb #04-040b

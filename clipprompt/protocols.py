@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SCORES', 'PROTOCOLS', 'harmonic_mean', 'arguments', 'Method', 'pack_hits', 'unpack_hits', 'called',
-           'draw', 'few_shot', 'base_to_new', 'inside_base', 'tuning', 'cross', 'apart', 'usual_targets', 'domain',
-           'protocol', 'usual_shots', 'usual_task', 'summary', 'overall']
+           'few_shot', 'base_to_new', 'inside_base', 'tuning', 'cross', 'apart', 'usual_targets', 'domain', 'protocol',
+           'usual_shots', 'usual_task', 'summary', 'overall']
 
 # %% ../nbs/07_protocols.ipynb #07-003
 import base64
@@ -24,7 +24,6 @@ from .backbone import Backbone, nearest
 from .data import SUITE, DataSet
 from .learner import PromptLearner, Recipe
 from .pictures import DOMAINS, DataError
-from .public import PUBLIC
 from .sets import load_dataset
 from .evaluation import Evaluation, evaluate
 from .hooks import Curve
@@ -122,16 +121,6 @@ def _row(method, protocol, data, shots, seed, start, learner, hits={}, **scores)
 
 def called(data:DataSet) -> str: return f'{data.name}/{data.task}' if data.task else data.name
 
-def draw(data:DataSet, shots:int, seed:int=1) -> DataSet:
-    """
-    Few shots
-
-    Classes of the public sets and of our small worlds that have fewer keep all, as in the papers;
-    in your own data that is an error.
-    """
-    ours = data.name == 'pictograms' and data.task in SUITE
-    return data.few_shot(shots, seed, allow_fewer=ours or data.name in PUBLIC)
-
 # %% ../nbs/07_protocols.ipynb #07-016
 def few_shot(
     method:Method, backbone:Backbone, data:DataSet,
@@ -145,7 +134,7 @@ def few_shot(
 
     Zhou et al. 2022, CoOp, section 4.1.
     """
-    start, data = perf_counter(), draw(data, shots, seed)
+    start, data = perf_counter(), data.few_shot(shots, seed)
     recipe = recipe or method.planned('few-shot', shots, data.name)
     learner = method.train(backbone, data, seed, recipe, **how)
     return _row(method, 'few-shot', data, shots, seed, start, learner,
@@ -161,7 +150,7 @@ def base_to_new(method:Method, backbone:Backbone, data:DataSet, shots:int=16, se
 
     `base`, `new` and `h` in percent (Zhou et al. 2022, CoCoOp, section 4.1).
     """
-    start, data = perf_counter(), draw(data, shots, seed)
+    start, data = perf_counter(), data.few_shot(shots, seed)
     base, new = data.base(), data.new()
     recipe = recipe or method.planned('base-to-new', shots, data.name)
     learner, points = _along(method, backbone, base, new, seed, recipe, curve, how)
@@ -193,7 +182,7 @@ def inside_base(data:DataSet, shots:int, seed:int) -> list[tuple[DataSet, DataSe
         raise DataError(f"'{called(data)}' has no validation pictures to tune on")
     base, pairs = data.base(), []
     for mine, other in ((base.base(), base.new()), (base.new(), base.base())):
-        drawn = draw(mine, shots, seed)
+        drawn = mine.few_shot(shots, seed)
         pairs.append((replace(drawn, test=mine.val), replace(other, test=other.train+other.val)))
     return pairs
 
@@ -240,7 +229,7 @@ def cross(method:Method, backbone:Backbone, data:DataSet, shots:int=16, seed:int
     """
     targets = targets or usual_targets(data)
     apart(targets)
-    start, data = perf_counter(), draw(data, shots, seed)
+    start, data = perf_counter(), data.few_shot(shots, seed)
     recipe = recipe or method.planned('cross', shots, data.name)
     learner = method.train(backbone, data, seed, recipe, **how)
     there = {}
@@ -290,7 +279,7 @@ def domain(method:Method, backbone:Backbone,
     if not data.by_domain:
         raise DataError(f"'{data.name}' is one domain; join several: "
                         'join([load_dataset(task=t) for t in sources], target)')
-    start, data = perf_counter(), draw(data, shots, seed)
+    start, data = perf_counter(), data.few_shot(shots, seed)
     recipe = recipe or method.planned('domain', shots, data.name)
     learner = method.train(backbone, data, seed, recipe, **how)
     return _row(method, 'domain', data, shots, seed, start, learner,

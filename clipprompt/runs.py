@@ -16,7 +16,7 @@ from .backbone import Backbone, load_backbone
 from .data import DataSet
 from .learner import Recipe
 from .methods import find_method
-from .protocols import Method, apart, draw, protocol, usual_shots
+from .protocols import Method, apart, protocol, usual_shots
 from .protocols import usual_targets, usual_task
 from .records import mark_of, run_id
 from .sets import find_data, split_name
@@ -183,7 +183,7 @@ def load_run(run:Run,
     targets, marks = [t for t, _ in found], [m for _, m in found]
     if run.protocol == 'cross' and not targets: usual_targets(data)
     if run.protocol == 'base-to-new': data.new()
-    draw(data, run.shots, run.seed)
+    data.few_shot(run.shots, run.seed)
     method = planned(run, data.name)
     name = run_id(method, method.recipe, run.protocol, mark_of(data, method.recipe, mark),
                   run.shots, run.seed, clip, marks)

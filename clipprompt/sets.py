@@ -59,6 +59,7 @@ def load_dataset(
     if skip_broken: origin['skip_broken'] = skip_broken
     if known and name in PUBLIC:
         data = read_public(name, task, root, skip_broken, download)
+        data.few_are_fine = True
         root = root or os.environ['CLIPPROMPT_DATA']
     elif known: data = pictograms(task, name, Path(root).expanduser() if root else None)
     else:
@@ -76,7 +77,7 @@ def _joined(name:str, task:str|None, sources, load) -> DataSet:
     "Several domains of a known set to train on, one to test on"
     if name not in TASKS:
         raise DataError(f"'{name}' has no domains, but sources were given; leave them out")
-    target = load(task)
+    target = load(task or ('pixels' if name == 'pictograms' else None)) # the worlds have no domains
     domains = [*DOMAINS] if name in PICTOGRAMS else TASKS[name]
     return join([load(s) for s in chosen_domains(sources, target.task, domains)], target)
 

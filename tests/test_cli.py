@@ -19,6 +19,7 @@ from rich.console import Console
 import clipprompt as package
 from clipprompt import console, protocols
 from clipprompt.backbone import load_backbone
+from clipprompt.data import SUITE
 from clipprompt.learner import read_prompts
 from clipprompt.methods import find_method, load as load_prompts, methods
 from clipprompt.pictures import test_transform
@@ -195,10 +196,15 @@ def pretended(monkeypatch):
     monkeypatch.setitem(protocols.PROTOCOLS, 'base-to-new', row)
 
 
-def test_all_tasks(pretended, tmp_path):
-    "`--task all` is the four domains"
+def test_all_tasks(pretended, tmp_path, monkeypatch):
+    "`--task all` is the eleven small worlds, or the domains where they are what is asked about"
     works('compare', '--task', 'all', '--methods', 'zero-shot', '--seeds', '1', '--out', tmp_path)
-    assert results(tmp_path).task.tolist() == ['icons', 'edges', 'pixels', 'rotated']
+    assert results(tmp_path).task.tolist() == list(SUITE)
+    monkeypatch.setitem(protocols.PROTOCOLS, 'domain', protocols.PROTOCOLS['base-to-new'])
+    works('compare', '--task', 'all', '--protocol', 'domain', '--methods', 'zero-shot',
+          '--seeds', '1', '--out', tmp_path/'domains')
+    asked = results(tmp_path/'domains').task.tolist()
+    assert asked == ['icons', 'edges', 'pixels', 'rotated']
 
 
 def test_no_name_is_cut_in_the_table(pretended, tmp_path, monkeypatch):
@@ -207,7 +213,7 @@ def test_no_name_is_cut_in_the_table(pretended, tmp_path, monkeypatch):
     r = works('compare', '--seeds', '1,2,3', '--out', tmp_path)
     for m in METHODS:
         line = next((l for l in r.out.splitlines() if f' {m} ' in l), '')
-        assert all(x in line for x in ('pixels', '52.0 ± 0.8', '38.0 ± 0.8', '20,480')), r.out
+        assert all(x in line for x in ('devices', '52.0 ± 0.8', '38.0 ± 0.8', '20,480')), r.out
 
 
 def test_the_same_method_twice_runs_once(photos, tmp_path):

@@ -296,7 +296,8 @@ def test_episodes_around_any_learner(clip, batch, around, cls, hparams):
 
 @pytest.fixture(scope='module')
 def joined():
-    return join([load_dataset(task=t) for t in ('icons', 'edges')], load_dataset()).few_shot(1)
+    sources = [load_dataset(task=t) for t in ('icons', 'edges')]
+    return join(sources, load_dataset(task='pixels')).few_shot(1)
 
 def test_domains_reach_the_step(joined, monkeypatch):
     """Each image comes with the domain it was drawn in, with fresh and with fixed views, around a

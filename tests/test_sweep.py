@@ -123,7 +123,7 @@ def test_paper_budgets_are_the_papers(photos, store):
 
 def test_a_run_takes_a_name_a_class_or_a_method():
     run = Run(Mine, hparams=dict(strength=2., lr=.1), epochs=3)
-    assert str(run) == 'mine (strength=2.0 lr=0.1) base-to-new pixels, 16 shots, seed 1'
+    assert str(run) == 'mine (strength=2.0 lr=0.1) base-to-new devices, 16 shots, seed 1'
     m = planned(run)
     assert m.hparams == dict(strength=2.) and (m.recipe.lr, m.recipe.epochs) == (.1, 3)
     own = Run(Method(Mine, dict(strength=3.), label='m'))
