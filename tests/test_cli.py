@@ -308,10 +308,10 @@ def test_transfer_and_unseen_domains(tmp_path, monkeypatch):
     assert rows.shots.tolist() == [1, 4, 4]
     assert rows.task.tolist() == ['icons', 'icons', 'edges']
     in_percent(rows.accuracy[:1], len(load_dataset('emoji').test))
-    in_percent(rows.source[:1], len(load_dataset().test))
+    in_percent(rows.source[:1], len(load_dataset(task='icons').test))
     assert rows.source[0] == rows.accuracy[1] and rows.source[1:].isna().all()
     for args, says in ((('--protocol', 'domain', '--task', 'styles'), ["not 'styles'"]),
-                       (('--protocol', 'cross', '--task', 'emoji'), ['no second data set'])):
+                       (('--protocol', 'cross', '--task', 'emoji'), ['no other data sets'])):
         refused('compare', '--methods', 'zero-shot', *args, '--out', tmp_path, says=says)
 
 

@@ -329,7 +329,7 @@ def test_resuming_draws_the_same_groups(joined, tmp_path):
     "Bit-equal after an interruption, though the groups are drawn at random"
     picto = tiny_clip()
     data = load_dataset().base().few_shot(1)
-    recipe = Recipe(lr=.005, epochs=3, batch_size=20)
+    recipe = Recipe(lr=.005, epochs=3, batch_size=6)  # two steps an epoch
     whole, again = (MetaPrompt(picto, data.classnames, depth=1, mode='clean') for _ in range(2))
     torch.manual_seed(5); fit(whole, data, recipe, seed=2, progress=False)
     stop = MetaPrompt(picto, data.classnames, depth=1, mode='clean')
