@@ -22,7 +22,7 @@ class CoOp(PromptLearner):
     method, learns_text = 'coop', True
     cpu_hparams = dict(ctx_init=AUTO)  # a short training does not get far from noise
     usual_n_ctx = 16                   # context length M where nobody says it
-    tries = dict(n_ctx=4), dict(n_ctx=8), dict(n_ctx=16)  # figure 3 (right): context length
+    tries = dict(n_ctx=4), dict(n_ctx=8), dict(n_ctx=16)  # context length
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         n_ctx:int|None=None,    # context length M; None: as the words have, 16 of noise

@@ -111,7 +111,7 @@ class MaPLe(PromptLearner):
 
     Raises ValueError when the words of `ctx_init` are fewer than `n_ctx`."""
     method, learns_text, learns_image = 'maple', True, True
-    tries = dict(depth=1), dict(depth=4), dict(depth=8)  # figure 3: prompt depth
+    tries = dict(depth=1), dict(depth=4), dict(depth=8)
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         n_ctx:int|None=None,    # tokens per layer, in both towers; None: 2

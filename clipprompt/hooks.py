@@ -100,23 +100,25 @@ class Average(Hook):
 class Curve(Hook):
     "Scores along the way, with the images read and the seconds of training so far"
     def __init__(self, score): # learner -> dict of numbers
-        self.score, self.points, self.seconds, self.since = score, [], 0., 0.
+        self.score, self.points, self.steps, self.seconds, self.since = score, [], 0, 0., 0.
 
     def before_epoch(self, run, epoch:int): self.since = time.perf_counter()
+
+    def after_step(self, run, step:int): self.steps += 1
 
     def after_epoch(self, run, epoch:int):
         self.seconds += time.perf_counter()-self.since
         last = run.recipe.epochs
         if epoch not in {max(1, round(last*part)) for part in (1/16, 1/8, 1/4, 1/2, 3/4, 1)}: return
-        n, size = len(run.data.train), run.recipe.batch_size
-        images = epoch*max(n//size*size, min(n, size))  # a last incomplete batch is dropped
+        images = self.steps*min(len(run.data.train), run.recipe.batch_size)
         self.points.append(dict(epoch=epoch, images=images, seconds=round(self.seconds, 2),
                                 **self.score(run.learner)))
         run.learner.train()
 
-    def state(self) -> dict: return dict(points=self.points, seconds=self.seconds)
+    def state(self) -> dict:
+        return dict(points=self.points, steps=self.steps, seconds=self.seconds)
 
-    def resume(self, state:dict): self.points, self.seconds = state['points'], state['seconds']
+    def resume(self, state:dict): vars(self).update(state)
 
 # %% ../nbs/05d_hooks.ipynb #05d-009
 def shows_bars() -> bool:

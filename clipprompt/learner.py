@@ -182,7 +182,7 @@ class _Trainable(Classifier):
     per_image = False  # does each image have prompts of its own?
     drawn = False      # are prompts drawn from a distribution?
     cpu_hparams = {}   # arguments of the learner that go with `budget`
-    tries = ()         # what tuning may set: values of the argument its paper calls decisive
+    tries = ()         # what tuning may set: values of the one argument it turns on
 
     @classmethod
     def recipe(cls,

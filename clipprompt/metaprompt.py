@@ -211,7 +211,7 @@ class TwoPairs(Templated):
 class MetaPrompt(TwoPairs):
     "Alternate episodic training on top of the two pairs (Zhao et al. 2024; the released code)"
     method = 'metaprompt'
-    tries = dict(mu=.2), dict(mu=5.), dict(mu=25.)  # of the episode's inner step
+    tries = dict(mu=.2), dict(mu=5.), dict(mu=25.)  # weight of the outer step
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         n_ctx:int=2, n_visual:int=2, depth:int|None=None, # as in `TwoPairs`

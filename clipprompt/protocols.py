@@ -170,7 +170,8 @@ def _along(method, backbone, base, new, seed, recipe, curve, how) -> tuple:
     if not curve: return method.train(backbone, base, seed, recipe, **how), []
     def score(learner):
         both = _both(learner, base, new)
-        return {k: round(e.accuracy, 2) for k, e in both.items() if k != 'h'}
+        tested = {k: e for k, e in both.items() if isinstance(e, Evaluation)}
+        return {k: round(e.accuracy, 2) for k, e in tested.items()}
     along = Curve(score)
     hooks = [*how.pop('hooks', ()), along]
     return method.train(backbone, base, seed, recipe, hooks=hooks, **how), along.points
@@ -200,9 +201,11 @@ def tuning(method:Method, backbone:Backbone, data:DataSet, shots:int=16, seed:in
         learner, points = _along(method, backbone, mine, other, seed, recipe, curve, how)
         parts.append(_both(learner, mine, other))
         curves.append(points)
-    both = {name: _pooled([part[name] for part in parts]) for name in ('base', 'new')}
-    h = harmonic_mean(both['base'].accuracy, both['new'].accuracy)
-    row = _row(method, 'tuning', data, shots, seed, start, learner, **both, h=h)
+    base, new, h = _pooled([part['base'] for part in parts]), math.nan, math.nan
+    if learner.transfers:
+        new = _pooled([part['new'] for part in parts])
+        h = harmonic_mean(base.accuracy, new.accuracy)
+    row = _row(method, 'tuning', data, shots, seed, start, learner, base=base, new=new, h=h)
     return row | dict(curve=[_mean_point(at) for at in zip(*curves)]) if curve else row
 
 def _pooled(parts:list[Evaluation]) -> Evaluation:

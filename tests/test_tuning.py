@@ -1,9 +1,11 @@
 """Tuning: everybody gets the same trials, and nothing that is judged later is seen."""
+import math
 from collections import Counter
 
 import pytest
 import torch
 
+from clipprompt.coop import CoOp
 from clipprompt.data import SUITE
 from clipprompt.hooks import Curve
 from clipprompt.learner import Recipe
@@ -13,6 +15,7 @@ from clipprompt.protocols import Method, base_to_new, inside_base, tuning
 from clipprompt.records import record
 from clipprompt.sets import load_dataset
 from clipprompt.tuning import HIGH, LOW, TRIALS, trials, tuning_runs, tuning_tasks
+from clipprompt.zeroshot import LinearProbe
 from helpers import tiny_clip
 
 TRAINED = [cls for cls in BOOK if cls.recipe().epochs]
@@ -135,3 +138,13 @@ def test_a_curve_is_kept_in_a_record(clip, data):
     small = data.few_shot(1, 1)
     rec = record(Method(TRAINED[0], None, recipe), 'base-to-new', clip, small, 1, 1, curve=True)
     assert rec['curve'][0]['epoch'] == 1
+
+
+@pytest.mark.parametrize('method', [Method(CoOp, dict(n_ctx=2, csc=True), Recipe(epochs=2)),
+                                    Method(LinearProbe, None)], ids=['csc', 'probe'])
+def test_prompts_that_belong_to_their_classes_have_no_new_ones(clip, data, method):
+    row = tuning(method, clip, data, 2, 1)
+    assert 0 <= row['base'] <= 100 and math.isnan(row['new']) and math.isnan(row['h'])
+    assert all('new' not in point for point in row['curve'])
+    small = base_to_new(method, clip, data, 2, 1, curve=True)
+    assert math.isnan(small['new']) and all('base' in point for point in small['curve'])
