@@ -1,82 +1,19 @@
-"Statistics of the comparison, against definitions written out; a comparison with a stranger in it."
+"A comparison with a stranger in it."
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from hypothesis import given, strategies as st
 
 from clipprompt import sweep as sweep_module
 from clipprompt.backbone import load_backbone
 from clipprompt.cards import CARDS, cards, facts, overview
 from clipprompt.methods import look, methods, rerun
-from clipprompt.protocols import Method, pack_hits, unpack_hits
+from clipprompt.protocols import Method
 from clipprompt.records import read_records
-from clipprompt.report import compare, paired, plot, ranks, table
+from clipprompt.report import compare, plot, table
 from clipprompt.runs import grid
 from clipprompt.sweep import sweep
 from helpers import one_line, shapes, tiny_clip
 from strangers import Mine
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=40))
-def test_hits_round_trip(hits): assert unpack_hits(pack_hits(torch.tensor(hits))).tolist() == hits
-
-
-def rows(**hits): # method -> one list of hits per seed
-    packed = lambda h: pack_hits(torch.tensor(h, dtype=torch.bool))
-    return pd.DataFrame([dict(task='t', shots=16, method=m, seed=s, hits_base=packed(h))
-                         for m, hs in hits.items() for s, h in enumerate(hs, 1)])
-
-
-def test_paired_averages_seeds_and_pairs_images():
-    g = np.random.default_rng(0)
-    a, b = g.random((2, 2, 300)) < [[[.7]], [[.5]]]
-    line = paired(rows(ours=a.tolist(), theirs=b.tolist()), 'theirs').iloc[0]
-    d = 100*(a.astype(float)-b).mean(0)
-    assert line.difference == pytest.approx(d.mean()) and line.seeds == 2
-    boot = [g.choice(d, len(d)).mean() for _ in range(4000)]
-    assert np.allclose([line.low, line.high], np.quantile(boot, [.025, .975]), atol=.6)
-    assert line.low < line.difference < line.high and line.high-line.low > 5
-
-
-def test_pairing_is_what_makes_it_sharp():
-    "Equal errors on equal images say more than equal accuracies"
-    g = np.random.default_rng(1)
-    hard = g.random(400) < .5
-    better = hard | (g.random(400) < .04)
-    line = paired(rows(a=[better.tolist()], b=[hard.tolist()], c=[g.permutation(hard).tolist()]),
-                  'b').set_index('method')
-    assert line.loc['a', 'low'] > 0
-    width = line['high'] - line['low']
-    assert width['c'] > 3*width['a']
-
-
-def test_only_common_seeds_and_known_hits_count():
-    r = rows(a=[[1, 0], [1, 1]], b=[[0, 0]], c=[[0, 1]])
-    r.loc[r.method == 'c', 'hits_base'] = np.nan
-    out = paired(r, 'b')
-    assert out.method.tolist() == ['a']
-    assert out.seeds.tolist() == [1]
-    assert out.difference.tolist() == [50.]
-    same = paired(rows(a=[[1, 0]], b=[[1, 0]]), 'b').iloc[0]
-    assert (same.low, same.difference, same.high) == (0, 0, 0)
-
-
-def test_ranks_by_hand():
-    h = pd.DataFrame([
-        dict(task=t, method=m, seed=s, h=x + s)
-        for t, scores in dict(u=(3, 2, 1), v=(1, 3, 2), w=(3, 1, 2)).items()
-        for m, x in zip('abc', scores)
-        for s in (1, 2)
-    ])
-    # no score on the other tasks: left out
-    h = pd.concat([h, pd.DataFrame([dict(task='u', method='lost', seed=1, h=9.)])])
-    r, cd, p = ranks(h)
-    assert r.to_dict() == pytest.approx(dict(a=5/3, b=2., c=7/3))
-    assert list(r.index) == ['a', 'b', 'c']
-    assert cd == pytest.approx(2.343*(3*4/(6*3))**.5, rel=1e-3) and .5 < p < 1
-    with pytest.raises(ValueError) as e: ranks(h[h.task == 'u'])
-    one_line(e, 'two tasks')
 
 
 # ---- a comparison --------------------------------------------------------------------------------
