@@ -17,7 +17,7 @@ from .protocols import harmonic_mean, unpack_hits
 # %% ../nbs/07c_evidence.ipynb #07c-006
 def hits_of(rows:pd.DataFrame, # of one task and number of shots
     score:str='base',          # 'base', 'new', 'source' or 'accuracy'
-) -> tuple[list[str], np.ndarray]: # M methods; [M, S, N], 1 where method m, seed s got image n right
+) -> tuple[list[str], np.ndarray]: # M methods; [M, S, N], 1 for a hit, else 0
     """
     Hits as one block. Methods without any (a probe on new classes) are left out
 
