@@ -17,7 +17,8 @@ from typer import Argument, Option
 from .backbone import load_backbone
 from .console import (DATA_WORDS, METHOD_NAMES, app, check_select, entries, err,
     for_people, given_settings, out, print_json, show_table)
-from .console import (Again, Budget, Cache, Chunk, Device, Epochs, Half, Json, Model,
+from .console import (Again, Budget, Cache, Chunk, Device, Epochs, Half, Halves, Json,
+    Model,
     Root, Select, Set, Skip, Targets, Weights, Workers)
 from .data import SUITE
 from .files import check_writable
@@ -80,6 +81,7 @@ def compare_command(
     out_dir:Annotated[Path, Option('--out', help='folder for results.csv and compare.png; '
         'what is finished there is not run again')]=Path('clipprompt-results'),
     as_json:Json=False, root:Root=None, targets:Targets=None, skip_broken:Skip=False,
+    halves:Halves=0,
     workers:Workers=None, text_chunk:Chunk=None, checkpoint_text:Again=False,
     model:Model='picto-clip', pretrained:Weights=None, precision:Half=None, device:Device=None,
     cache:Cache=None,
@@ -91,6 +93,7 @@ def compare_command(
     clipprompt compare --task all
     clipprompt compare --protocol domain
     clipprompt compare --methods zero-shot,coop --protocol few-shot --shots 1,2,4,8,16
+    clipprompt compare --halves 1 --seeds 1,2,3
     clipprompt compare --methods coop --set n_ctx=8 --set lr=0.01
     clipprompt compare --task caltech101 --root DATA --seeds 1,2,3
     clipprompt compare --task caltech101 --backbone ViT-B-16 --pretrained openai --budget paper
@@ -110,7 +113,7 @@ def compare_command(
     err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, shots "
               f"{','.join(map(str, ks))}, seeds {seeds}; budget: {spent or 'nothing to train'}")
     rows = compare(names, numbers, ks, protocol_name, tasks, backbone, out=out_dir, root=root,
-        skip_broken=skip_broken, targets=_targets(targets), workers=workers,
+        skip_broken=skip_broken, targets=_targets(targets), halves=halves, workers=workers,
         text_chunk=text_chunk, checkpoint_text=checkpoint_text, **what)
     plot(rows).savefig(out_dir/'compare.png')
     if as_json: print_json(dict(rows=_records(rows)))
@@ -178,6 +181,7 @@ def sweep_command(
         help='of each run, with --ray; 0.25 puts four runs on a GPU')]=None,
     retries:Annotated[int, Option(min=0, help='after a run failed or its worker died')]=2,
     root:Root=None, targets:Targets=None, skip_broken:Skip=False,
+    halves:Halves=0,
     workers:Workers=None, text_chunk:Chunk=None, checkpoint_text:Again=False,
     model:Model='picto-clip', pretrained:Weights=None, precision:Half=None, device:Device=None,
     cache:Cache=None,
@@ -201,6 +205,7 @@ def sweep_command(
         backbone=model, pretrained=pretrained, precision=precision, device=device,
         root=root and str(root), targets=_targets(targets), budget=budget, epochs=epochs,
         select=select, hparams=given_settings(settings), skip_broken=skip_broken,
+        halves=halves,
         workers=workers, text_chunk=text_chunk, checkpoint_text=checkpoint_text)
     if plan: return _plan(runs, out_dir, cache or out_dir/'features', as_json)
     before = known_runs(out_dir/'results.csv')

@@ -76,6 +76,7 @@ class DataSet:
     # to choose settings on; nothing in this book trains on it or is scored on it
     val:list[Item]=field(default_factory=list)
     split:str=''                    # where the split comes from, one line
+    halves:int=0                    # which classes are base: 0 the first, else drawn by this seed
     # load_dataset(**origin) makes the set again from which this one was taken
     origin:dict=field(default_factory=dict)
 
@@ -146,6 +147,16 @@ class DataSet:
     def new(self) -> 'DataSet':
         "The other half, with labels from 0 again"
         return self._only(range((len(self.classnames)+1)//2, len(self.classnames)))
+
+    def shuffled(self, halves:int) -> 'DataSet':
+        "Its classes in an order drawn by this seed, so that others are base and new; 0: as it is"
+        if not halves: return self
+        n = len(self.classnames)
+        order = random.Random(halves).sample(range(n), n)
+        parts = {part: relabel(getattr(self, part), order) for part in ('train', 'val', 'test')}
+        origin = self.origin and self.origin | dict(halves=halves)
+        return self._smaller(classnames=[self.classnames[l] for l in order], halves=halves,
+                             origin=origin, **parts)
 
     def _only(self, labels) -> 'DataSet':
         if len(labels) < 2:

@@ -109,7 +109,8 @@ SCORES = 'base', 'new', 'h', 'accuracy', 'source'
 def _row(method, protocol, data, shots, seed, start, learner, hits={}, **scores) -> dict:
     "What was run, its scores, what it cost and which images were right; `hits` may add some"
     task = data.task if data.name == 'pictograms' else called(data)
-    row = dict(method=method.name, protocol=protocol, task=task, shots=shots, seed=seed)
+    row = dict(method=method.name, protocol=protocol, task=task, shots=shots, seed=seed,
+               halves=data.halves)
     row |= dict.fromkeys(SCORES, math.nan)
     tested = {name: s for name, s in scores.items() if not isinstance(s, float)}
     row |= scores | {name: evaluation.accuracy for name, evaluation in tested.items()}
@@ -316,13 +317,13 @@ def usual_task(protocol_name:str) -> str:
 
 # %% ../nbs/07_protocols.ipynb #07-030
 def summary(rows:pd.DataFrame) -> pd.DataFrame: # one line per protocol, task, shots and method
-    "Means over seeds, H of the means, population spread; several backbones are kept apart"
+    "Means over seeds, H of these, sample spread; several backbones or halves are kept apart"
     keys = ['protocol', 'task', 'shots', 'method']
-    if 'backbone' in rows and rows.backbone.nunique() > 1: keys.append('backbone')
+    keys += [k for k in ('backbone', 'halves') if k in rows and rows[k].nunique() > 1]
     scores = ['base', 'new', 'accuracy']
     if 'source' in rows: scores.append('source')
     groups = rows.groupby(keys, sort=False)
-    spread = groups[scores].std(ddof=0).add_suffix('_std')
+    spread = groups[scores].std().add_suffix('_std')
     cost = groups.agg(seconds=('seconds', 'mean'), trainable=('trainable', 'first'),
                       seeds=('seed', 'nunique'))
     return _with_h(groups[scores].mean().join(spread).join(cost)).reset_index()

@@ -114,7 +114,7 @@ def _value(name:str, text:str):
     "What a cell held: nothing, JSON, a number where the column holds numbers, else text"
     if text == '': return None
     if name in NESTED: return json.loads(text)
-    if name in ('shots', 'seed', 'trainable'): return int(text)
+    if name in ('shots', 'seed', 'halves', 'trainable'): return int(text)
     return float(text) if name in (*SCORES, 'seconds') else text
 
 # %% ../nbs/07b_records.ipynb #07-041

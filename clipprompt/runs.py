@@ -40,6 +40,7 @@ class Run:
     epochs:int|None=None        # instead of the recipe's
     select:str|None=None        # which epoch's prompts are kept, instead of the recipe's choice
     hparams:dict=field(default_factory=dict)  # settings of the method or its recipe, by name
+    halves:int=0                # which classes are base: 0 the first, else drawn by this seed
     skip_broken:bool=False      # leave unreadable images of a folder out
     curve:bool=False            # test along the way, too
     workers:int|None=None       # processes that read pictures
@@ -61,7 +62,8 @@ class Run:
     def __str__(self):
         said = ' '.join(f'{k}={v}' for k, v in self.hparams.items())
         who = f'{self.name} ({said})' if said else self.name
-        return f'{who} {self.protocol} {self.task}, {self.shots} shots, seed {self.seed}'
+        cut = f', halves {self.halves}' if self.halves else ''
+        return f'{who} {self.protocol} {self.task}{cut}, {self.shots} shots, seed {self.seed}'
 
 # %% ../nbs/19a_runs.ipynb #22-007c
 def planned(run:Run, dataset:str='') -> Method:
@@ -148,13 +150,14 @@ class Store:
                                                cache=self.cache)
         return self._weights[key]
 
-    def data(self, task:str, protocol_name:str, root:str|None=None, skip_broken:bool=False
-             ) -> tuple[DataSet, str]:
+    def data(self, task:str, protocol_name:str, root:str|None=None, skip_broken:bool=False,
+             halves:int=0) -> tuple[DataSet, str]:
         "A data set and its fingerprint"
         unseen = protocol_name == 'domain'
-        key = task, unseen, root, skip_broken
+        key = task, unseen, root, skip_broken, halves
         if key not in self._sets:
-            data = find_data(task, 'domain' if unseen else 'few-shot', root, skip_broken)
+            found = find_data(task, 'domain' if unseen else 'few-shot', root, skip_broken)
+            data = found.shuffled(halves)
             if len(self._sets) == 16: del self._sets[next(iter(self._sets))]
             self._sets[key] = data, data.fingerprint
         return self._sets[key]
@@ -177,7 +180,7 @@ def load_run(run:Run,
     "Raises what is wrong with it: unknown names, missing data, too few pictures"
     store = store or Store()
     clip = store.backbone(run)
-    data, mark = store.data(run.task, run.protocol, run.root, run.skip_broken)
+    data, mark = store.data(run.task, run.protocol, run.root, run.skip_broken, run.halves)
     aims = run.targets if run.protocol == 'cross' else ()
     found = [store.data(t, 'cross', run.root, run.skip_broken) for t in aims]
     targets, marks = [t for t, _ in found], [m for _, m in found]
@@ -197,10 +200,10 @@ def check_runs(runs:list[Run], store:Store):
     """
     for run in {(r.backbone, r.pretrained, r.precision, r.device): r for r in runs}.values():
         store.backbone(run)
-    named = []                     # (task, protocol, root, skip_broken)
+    named = []                     # (task, protocol, root, skip_broken, halves)
     for r in runs:
-        named.append((r.task, r.protocol, r.root, r.skip_broken))
-        named += [(t, 'cross', r.root, r.skip_broken) for t in r.targets]
-    together = defaultdict(list)   # protocol -> its data sets, each once
-    for args in dict.fromkeys(named): together[args[1]].append(store.data(*args)[0])
+        named.append((r.task, r.protocol, r.root, r.skip_broken, r.halves))
+        named += [(t, 'cross', r.root, r.skip_broken, 0) for t in r.targets]
+    together = defaultdict(list)   # protocol, halves -> its data sets, each once
+    for args in dict.fromkeys(named): together[args[1], args[4]].append(store.data(*args)[0])
     for sets in together.values(): apart(sets)

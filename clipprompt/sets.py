@@ -42,6 +42,7 @@ def load_dataset(
     skip_broken:bool=False, # leave unreadable images out, with a warning that names them
     download:bool=False,    # fetch a public set that is not there, where torchvision can
     sources:list[str]|str|None=None, # train on these, test on `task`; 'rest' is all the others
+    halves:int=0,           # which classes are base: 0 the first, else drawn by this seed
 ) -> DataSet:
     """A data set by name, or of your own pictures
 
@@ -52,7 +53,7 @@ def load_dataset(
         raise DataError(f"'{name}' is nothing to download; leave download out")
     if known and sources is not None:
         def load(task): return load_dataset(name, task, root, skip_broken, download)
-        return _joined(name, task, sources, load)
+        return _joined(name, task, sources, load).shuffled(halves)
 
     origin = dict(name=name)
     if task: origin['task'] = task
@@ -70,7 +71,7 @@ def load_dataset(
             origin['sources'] = sources if isinstance(sources, str) else list(sources)
     if root: origin['root'] = str(Path(root).expanduser().absolute())
     data.origin = origin
-    return data
+    return data.shuffled(halves)
 
 # %% ../nbs/04d_sets.ipynb #04d-005
 def _joined(name:str, task:str|None, sources, load) -> DataSet:

@@ -213,7 +213,7 @@ def test_no_name_is_cut_in_the_table(pretended, tmp_path, monkeypatch):
     r = works('compare', '--seeds', '1,2,3', '--out', tmp_path)
     for m in METHODS:
         line = next((l for l in r.out.splitlines() if f' {m} ' in l), '')
-        assert all(x in line for x in ('devices', '52.0 ± 0.8', '38.0 ± 0.8', '20,480')), r.out
+        assert all(x in line for x in ('devices', '52.0 ± 1.0', '38.0 ± 1.0', '20,480')), r.out
 
 
 def test_the_same_method_twice_runs_once(photos, tmp_path):

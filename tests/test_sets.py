@@ -304,3 +304,17 @@ def test_a_picture_that_cannot_be_read_is_named():
     obj.pairs[0] = obj.pairs[7]
     with pytest.raises(DataError, match='cannot read pictures of the train part'):
         replace(data).fingerprint
+
+
+def test_halves_of_an_alphabet_or_drawn():
+    "Another seed cuts the classes otherwise; each picture keeps its name"
+    plain, cut, again = (load_dataset(task='tools', halves=h) for h in (0, 1, 1))
+    def named(data):
+        everything = data.train+data.test+data.val
+        return {(i.path, data.classnames[i.label]) for i in everything}
+    assert plain.classnames == sorted(plain.classnames) != cut.classnames == again.classnames
+    assert set(plain.classnames) == set(cut.classnames) and named(plain) == named(cut)
+    assert set(cut.base().classnames) != set(plain.base().classnames)
+    assert cut.fingerprint == again.fingerprint != plain.fingerprint
+    assert cut.origin['halves'] == 1 and load_dataset(**cut.origin).fingerprint == cut.fingerprint
+    assert load_dataset(task='tools', halves=2).classnames != cut.classnames

@@ -27,7 +27,7 @@ from clipprompt.evaluation import evaluate
 from clipprompt.files import check_writable
 from clipprompt.methods import find_method, rerun
 from clipprompt.pictures import DataNotFound
-from clipprompt.protocols import Method
+from clipprompt.protocols import Method, summary
 from clipprompt.records import read_records, record, write_record, write_table
 from clipprompt.report import compare
 from clipprompt.runs import Run, Store, grid, load_run, planned
@@ -763,3 +763,15 @@ def test_rerun_asks_which(whole, tmp_path):
     refused('rerun', tmp_path/'results.csv', says=['12 records', '--run'])
     refused('rerun', tmp_path/'results.csv', '--run', 'zzz',
             says=['0 of them begin with zzz', '--run'])
+
+
+def test_halves_are_runs_of_their_own(tmp_path):
+    "Other halves are another run, say so in their row, and can be run again"
+    runs = [Run('zero-shot', 'pictograms/tools', halves=h) for h in (0, 1, 2)]
+    rows = sweep(runs, tmp_path, progress=False).rows
+    assert rows.halves.tolist() == [0, 1, 2] and rows.run.nunique() == 3
+    assert 'halves 2' in str(runs[2]) and 'halves' not in str(runs[0])
+    kept = summary(rows)
+    assert kept.halves.tolist() == [0, 1, 2] and kept.base.tolist() == rows.base.tolist()
+    again = rerun(read_records(tmp_path)[0])
+    assert again['run'] in set(rows.run)
