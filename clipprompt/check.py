@@ -889,12 +889,13 @@ def _save_and_load(t):
 def _recipe(t):
     """`recipe` gives a Recipe with its source for each setting, `budget` one for two CPU cores
 
-    its arguments (`cpu_hparams`) are the constructor's
+    their arguments are the constructor's
     """
     if not list(t.make().parameters()): raise _Skip('it has no parameters')
     settings = ('few-shot', 1, ''), ('few-shot', 16, 'imagenet'), ('base-to-new', 16, '')
     recipes = {f'recipe{s}': t.cls.recipe(*s) for s in settings}
-    for call, r in (recipes | {'budget()': t.cls.budget()}).items():
+    shorter = {'affordable()': t.cls.affordable(), 'budget()': t.cls.budget()}
+    for call, r in (recipes | shorter).items():
         _must(isinstance(r, Recipe), f'{call} is {r!r}', 'return a Recipe')
         if not r.epochs: continue   # nothing is trained by steps
         _must(r.lr > 0, f'the learning rate of {call} is {r.lr}', 'give one above 0')
@@ -904,8 +905,10 @@ def _recipe(t):
         _must(not (r.views and t.cls.learns_image),
               'the recipe keeps image features (views) that are learned', 'set views=None')
         _must(Recipe(**_as_json(asdict(r))) == r, f'JSON changes {call}', 'give plain numbers')
-    try: t.cls(t.clip, t.names, **t.cls.cpu_hparams)
-    except TypeError as e: _must(False, f'cpu_hparams: {e}', 'name arguments of the constructor')
+    for call, hparams in dict(cpu_hparams=t.cls.cpu_hparams,
+                              usual_hparams=t.cls.usual_hparams()).items():
+        try: t.cls(t.clip, t.names, **hparams)
+        except TypeError as e: _must(False, f'{call}: {e}', 'name arguments of the constructor')
 
 # %% ../nbs/08_check.ipynb #08-051b
 def _bad_input(t):

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
-from .backbone import load_backbone
+from .backbone import assets, load_backbone
 from .console import (DATA_WORDS, METHOD_NAMES, app, check_select, entries, err,
     for_people, given_settings, out, print_json, show_table)
 from .console import (Again, Budget, Cache, Chunk, Device, Epochs, Half, Halves, Json,
-    Model,
-    Root, Select, Set, Skip, Targets, Weights, Workers)
+    Model, Ray, Root, Select, Set, Skip, Targets, Weights, Workers)
 from .data import SUITE
 from .files import check_writable
 from .learner import Recipe
 from .methods import methods as all_methods, rerun
 from .pictures import DOMAINS
+from .plan import YARDSTICK, expected, plan, yardstick
 from .protocols import PROTOCOLS, SCORES, protocol, usual_shots, usual_task
 from .records import known_runs, read_records, write_table
 from .report import compare, plot, table
@@ -67,7 +67,7 @@ _every = ','.join(all_methods())
 _known = f'comma-separated; known: {METHOD_NAMES}'
 
 @app.command('compare')
-def compare_command(
+def compare_command(ctx:Context,
     methods:Annotated[str, Option(help=_known)]=_every,
     task:Annotated[str|None, Option(help=f'comma-separated: {DATA_WORDS}; all: the small worlds; '
         'devices where not given, general in protocol cross, pixels in domain')]=None,
@@ -85,6 +85,9 @@ def compare_command(
     workers:Workers=None, text_chunk:Chunk=None, checkpoint_text:Again=False,
     model:Model='picto-clip', pretrained:Weights=None, precision:Half=None, device:Device=None,
     cache:Cache=None,
+    suite:Annotated[bool, Option('--suite', help="all runs of the book's comparison: hours, which "
+        'it tells before it starts; the same command goes on where it was stopped')]=False,
+    ray:Ray=None,
 ):
     """Train and test methods under one protocol; print a table, write results.csv and compare.png.
 
@@ -96,8 +99,11 @@ def compare_command(
     clipprompt compare --halves 1 --seeds 1,2,3
     clipprompt compare --methods coop --set n_ctx=8 --set lr=0.01
     clipprompt compare --task caltech101 --root DATA --seeds 1,2,3
+    clipprompt compare --suite --ray local
     clipprompt compare --task caltech101 --backbone ViT-B-16 --pretrained openai --budget paper
     """
+    if suite: return _suite(ctx, out_dir.expanduser(), cache, ray, as_json)
+    if ray: raise ValueError('--ray needs --suite here; a grid of your own is for clipprompt sweep')
     protocol(protocol_name)
     check_select(select)
     if quick: shots, epochs = shots or '2', epochs or 2
@@ -174,8 +180,7 @@ def sweep_command(
     as_json:Json=False,
     plan:Annotated[bool, Option('--plan',
         help='say what is done and what is missing, and stop')]=False,
-    ray:Annotated[str|None, Option(
-        help="run on a Ray cluster: 'local', or the address of one")]=None,
+    ray:Ray=None,
     cpus:Annotated[float|None, Option(help='of each run, with --ray; 1 where not given')]=None,
     gpus:Annotated[float|None, Option(
         help='of each run, with --ray; 0.25 puts four runs on a GPU')]=None,
@@ -211,6 +216,39 @@ def sweep_command(
     before = known_runs(out_dir/'results.csv')
     left = sweep(runs, out_dir, 'ray' if ray else 'here', retries, 1 if cpus is None else cpus,
         gpus or 0, None if ray == 'local' else ray, cache)
+    _keep(left, runs, out_dir, before, as_json)
+
+# %% ../nbs/40b_cli_runs.ipynb #40b-021
+_WITH_SUITE = {'suite', 'out_dir', 'cache', 'ray', 'as_json'}
+
+def _only_the_plan(ctx:Context):
+    "Raise ValueError for an option that the plan has decided"
+    for name in ctx.params:
+        given = ctx.get_parameter_source(name).name == 'COMMANDLINE'
+        if not given or name in _WITH_SUITE: continue
+        option = next(p for p in ctx.command.params if p.name == name).opts[0]
+        raise ValueError(f'--suite is a plan in which {option} is decided; leave it out, or use '
+                         'compare or sweep without --suite')
+
+def _hours(missing:list[Run], rows:pd.DataFrame, workers:int=1) -> str:
+    "How long runs will take here, in words"
+    speed = YARDSTICK/yardstick(load_backbone(device='cpu'))
+    seconds = expected(missing, rows, speed)/workers
+    return f'{seconds/3600:.1f} hours' if seconds > 5400 else f'{seconds/60:.0f} minutes'
+
+def _suite(ctx:Context, out_dir:Path, cache:Path|None, ray:str|None, as_json:bool):
+    "Do what is missing of the plan"
+    _only_the_plan(ctx)
+    cache = cache or out_dir/'features'
+    runs = [run for part in plan().values() for run in part]
+    missing = [run for run in runs if not _done(run, out_dir, Store(cache))]
+    stored = pd.read_csv(assets()/'suite-results.csv.gz')
+    err.print(f'{len(runs)} runs, {len(runs)-len(missing)} done; the others take about '
+              f"{_hours(missing, stored)} here, one after another"
+              f"{'; Ray does as many at a time as there are cores' if ray else ''}")
+    before = known_runs(out_dir/'results.csv')
+    left = sweep(runs, out_dir, 'ray' if ray else 'here', cpus=1,
+                 address=None if ray == 'local' else ray, cache=cache)
     _keep(left, runs, out_dir, before, as_json)
 
 # %% ../nbs/40b_cli_runs.ipynb #40-017

@@ -8,6 +8,7 @@ __all__ = ['FP16_SCALE', 'Classifier', 'frozen_key', 'Recipe', 'PromptLearner', 
 # %% ../nbs/05_learner.ipynb #05-003
 import json
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import __version__
-from .backbone import Backbone, nearest
+from .backbone import Backbone, assets, nearest
 from .data import DataSet
 from .files import keep, write_safely
 from .hub import local_prompts, push
@@ -177,11 +178,16 @@ class Recipe:
 # %% ../nbs/05_learner.ipynb #05-022
 FP16_SCALE = 1024.  # keeps small gradients above fp16's smallest number
 
+@cache
+def _tuned() -> dict[str, dict]: # method -> lr, epochs, hparams
+    "What tuning chose for the methods of this book (see its chapter)"
+    return json.loads((assets()/'tuned.json').read_text())
+
 class _Trainable(Classifier):
     "What training asks of a learner, and what its paper says about it"
     per_image = False  # does each image have prompts of its own?
     drawn = False      # are prompts drawn from a distribution?
-    cpu_hparams = {}   # arguments of the learner that go with `budget`
+    cpu_hparams = {}   # arguments of the learner that go with `affordable`
     tries = ()         # what tuning may set: values of the one argument it turns on
 
     @classmethod
@@ -214,18 +220,16 @@ class _Trainable(Classifier):
 
     @classmethod
     def budget(cls) -> Recipe:
-        "The paper's base-to-new recipe, scaled for two CPU cores by the book's one rule"
-        r = cls.recipe('base-to-new', 16)
-        if not r.epochs: return r
-        if cls.learns_image:
-            lr = r.lr if r.batch_size == 32 else .005
-            scaled = dict(epochs=10, batch_size=32, lr=lr)
-        elif cls.per_image and cls.drawn:
-            scaled = dict(epochs=2, batch_size=8, views=2, lr=.02, warmup_epochs=0)
-        elif cls.per_image: scaled = dict(epochs=3, batch_size=8, views=3)
-        elif cls.drawn: scaled = dict(epochs=12, batch_size=32, views=8, lr=.1)
-        else: scaled = dict(epochs=50, batch_size=32, views=8)
-        return replace(r, **scaled, source=f'{r.source}; scaled for two CPU cores')
+        "`affordable`, with the rate and the number of epochs that tuning chose for the method"
+        recipe, chosen = cls.affordable(), _tuned().get(cls.method)
+        if not chosen: return recipe
+        return replace(recipe, lr=chosen['lr'], epochs=chosen['epochs'],
+                       source=f'{recipe.source}; rate and epochs tuned on validation pictures')
+
+    @classmethod
+    def usual_hparams(cls) -> dict:
+        "Arguments of the learner that go with `budget`"
+        return _tuned().get(cls.method, {}).get('hparams') or dict(cls.cpu_hparams)
 
     def prepare(self, data:DataSet):
         """

@@ -145,7 +145,7 @@ def _literal(text:str):
 # %% ../nbs/19_methods.ipynb #19-013
 def find_method(
     what:str|type|Method,  # a name, a class, or one with settings of its own, which hold
-    budget:str='book',     # recipes scaled by the rule above, or the 'paper' ones
+    budget:str='book',     # tuned for two CPU cores, or the 'paper' ones
     protocol_name:str='base-to-new', # a paper's settings may depend on this and the next two
     shots:int=16, dataset:str='',
     hparams:dict|None=None, # settings of method and recipe that take the place of all others
@@ -153,13 +153,13 @@ def find_method(
     "A method with its settings and recipe. Raises ValueError for a name that nobody knows"
     method = what if isinstance(what, Method) else Method(find_class(what))
     cls, setting = method.cls, SETTINGS.get(protocol_name, protocol_name)
-    if budget == 'book': usual, recipe = cls.cpu_hparams, cls.budget()
+    if budget == 'book': usual, recipe = cls.usual_hparams(), cls.budget()
     elif budget == 'paper':
         usual = cls.published(setting, shots, dataset)
         recipe = cls.recipe(setting, shots, dataset)
     else:
         raise ValueError(f"unknown budget '{budget}'; "
-                         'use book (scaled for two CPU cores) or paper')
+                         'use book (tuned for two CPU cores) or paper')
     if method.hparams is not None: usual = method.hparams
     recipe = method.recipe or recipe
     given, changes = settings_of(cls, hparams or {})

@@ -167,6 +167,24 @@ def test_planted_faults_are_found(book, capsys):
         assert fault in out, f'{fault!r} not reported in:\n{out}'
 
 
+def test_numbers_that_nobody_computed_are_found(book, capsys):
+    "In a chapter that measures: in prose, but in no cell, no output and no paper"
+    name = '11_two.ipynb'
+    config = (book/'_quarto.yml').read_text().replace('02_two', '11_two')
+    (book/'_quarto.yml').write_text(config)
+    (book/'nbs/02_two.ipynb').unlink()
+    shown = dict(output_type='stream', name='stdout', text='accuracy 71.3\n')
+    code = dict(cell_type='code', id='c', metadata={}, execution_count=None, outputs=[shown],
+                source='rate = .002')
+    here = 'It has 71.3 % at a rate of 0.002, $x = 9.9$, `1.5` and version 0.3.0.'
+    theirs = '*Theirs.* 85.2 (table 1).'
+    write_nb(book/'nbs'/name, '# Two\n\n> Second', code, here, theirs)
+    assert not docs_check.main(book), capsys.readouterr().out
+    write_nb(book/'nbs'/name, '# Two\n\n> Second', code, here.replace('71.3', '71.4'))
+    assert docs_check.main(book)
+    assert 'says 71.4, which no cell computed' in capsys.readouterr().out
+
+
 def test_faults_of_form_are_found(book, capsys):
     stream = dict(output_type='stream', name='stdout', text='a'*101)
     html = dict(output_type='display_data', metadata={},

@@ -642,7 +642,7 @@ def test_train_is_fit(method, photos, picto, tmp_path):
     data, cls = load_dataset(photos).few_shot(2, 3), methods()[method]
     recipe, seed = cls.budget(), {'seed': 3} if takes_seed(cls) else {}
     if recipe.epochs: recipe = replace(recipe, epochs=1)
-    learner = cls(picto, data.classnames, **cls.cpu_hparams, **seed)
+    learner = cls(picto, data.classnames, **cls.usual_hparams(), **seed)
     fit(learner, data, recipe, seed=3, progress=False)
     meta, state = read_prompts(tmp_path/'p')
     assert same_bits(state, learner.state_dict())

@@ -1,4 +1,5 @@
 "All methods by name, class or plug-in: settings, budgets, files, looks; one training for all."
+import json
 import warnings
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from clipprompt import methods as module, protocols
-from clipprompt.backbone import load_backbone
+from clipprompt.backbone import assets, load_backbone
 from clipprompt.check import check_learner
 from clipprompt.coop import CoOp
 from clipprompt.data import DataSet
@@ -202,22 +203,33 @@ def test_what_is_given_holds():
     assert more.hparams == dict(n_ctx=2, csc=True) and more.label == 'coop-2'
     assert (more.recipe.lr, more.recipe.epochs) == (.5, 3)
     filled = find_method(Method(CoOp))
-    assert filled.hparams == CoOp.cpu_hparams and filled.recipe == CoOp.budget()
+    assert filled.hparams == CoOp.usual_hparams() and filled.recipe == CoOp.budget()
     assert find_method(Method(CoOp, {})).hparams is None
 
 
 @pytest.mark.parametrize('cls', [cls for cls in BOOK if cls.recipe().epochs],
                          ids=lambda cls: cls.method)
-def test_every_budget_follows_the_rule(cls):
-    ours, theirs = find_method(cls).recipe, cls.recipe('base-to-new', 16)
-    steps = (ours.epochs, ours.batch_size, ours.views)
-    if cls.learns_image: assert steps == (10, 32, None)
-    elif cls.per_image: assert steps[1] == 8 and ours.views == ours.epochs
-    else: assert steps[1:] == (32, 8)
-    same = [f for f in ('weight_decay', 'momentum', 'optimizer', 'select')
-            if getattr(ours, f) == getattr(theirs, f)]
-    assert len(same) == 4
-    assert ours.source.startswith(theirs.source) and ours.source.endswith('two CPU cores')
+def test_every_budget_is_the_affordable_recipe_with_what_tuning_chose(cls):
+    "Rate, epochs and arguments are those of tuned.json; all else is the paper's, cut by the rule"
+    method, cut, theirs = find_method(cls), cls.affordable(), cls.recipe('base-to-new', 16)
+    chosen = json.loads((assets()/'tuned.json').read_text())[cls.method]
+    assert method.recipe == replace(cut, lr=chosen['lr'], epochs=chosen['epochs'],
+                                    source=method.recipe.source)
+    assert method.hparams == (chosen['hparams'] or None)
+    assert chosen['epochs'] <= cut.epochs <= theirs.epochs
+    assert (cut.views is None) == cls.learns_image
+    if cls.learns_image: assert cut == theirs
+    kept = replace(theirs, views=cut.views, batch_size=cut.batch_size, epochs=cut.epochs)
+    assert cut == kept and (cls.drawn or cut.epochs == theirs.epochs)
+    assert method.recipe.source.startswith(theirs.source)
+
+
+def test_a_stranger_has_the_affordable_recipe():
+    "Also one that inherits from a method of the book: its name is not in the table"
+    class Mine(CoOp): method = 'mine'
+    assert Mine.budget() == Mine.affordable() and Mine.usual_hparams() == Mine.cpu_hparams
+    found = find_method(Mine)
+    assert found.recipe == Mine.affordable() and found.recipe.lr == CoOp.recipe().lr
 
 
 @pytest.mark.parametrize('name', ['zero-shot', 'zero-shot-best', 'linear-probe'])

@@ -25,6 +25,12 @@ LABEL = r'(?:fig|tbl|sec|eq|lst)-[\w-]+'
 DRAWN = {'image/svg+xml': 'svg', 'image/png': 'png'}
 WIDE = 100   # characters of a line of code that fit beside its prose
 
+# Chapters that measure: each number in their prose is one that the notebook computed
+MEASURED = re.compile(r'(07c|09|1\d|2[03]|31)')
+# Still on the first edition's experiments
+OLD = {'10_zeroshot', '12_cocoop', '13_deep', '14_mudpt', '15_provp', '16_metaprompt',
+       '17_map_dafe', '18_variational', '19b_sweep', '20_report', '23_cards', '31_suite'}
+
 # What pages showed once and must not show again: documentation without an object, addresses in
 # memory, links in code
 ARTEFACTS = ('LNone', ' at 0x', 'Call self as a function', 'OptionInfo', 'str(object=', '<factory>')
@@ -184,6 +190,35 @@ def form(path):
         yield f'{path.name}: the title has a number; Quarto gives it one'
 
 
+def numbers(said):
+    "Numbers with decimals, as they are written"
+    found = re.findall(r'(?<![\w.])\d*\.\d+(?!\w|\.\d)', said)
+    return ['0'+n if n.startswith('.') else n for n in found]
+
+
+def strays(path):
+    "Numbers in the prose of a chapter that measures which stand in no cell and no output of it"
+    if not MEASURED.match(path.name) or path.stem in OLD: return
+    nb, computed = json.loads(path.read_text(encoding='utf-8')), set()
+    for c in nb['cells']:
+        if c['cell_type'] != 'code': continue
+        computed |= {*numbers(text(c['source']))}
+        for o in c.get('outputs') or []:
+            data = o.get('data') or {}
+            shown = [o.get('text'), *(part for kind, part in data.items() if 'text/' in kind)]
+            computed |= {n for part in shown for n in numbers(text(part))}
+    for c in nb['cells']:
+        if c['cell_type'] != 'markdown': continue
+        formal = r'\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\]\([^)]*\)'
+        ours = re.sub(formal, '', text(c['source']), flags=re.S)
+        for line in ours.splitlines():
+            if '*Theirs' in line or '@' in line or 'et al' in line: continue   # a paper's numbers
+            for n in numbers(line):
+                if n in computed: continue
+                yield (f'{path.name}: cell {c.get("id")} says {n}, which no cell computed: '
+                       f'{line[:60]}...')
+
+
 def artefacts(path, md):
     "Traces of tools in the text of a page"
     for a in ARTEFACTS:
@@ -208,7 +243,7 @@ def main(root=ROOT):
 
     with ThreadPoolExecutor(2) as ex:
         res = dict(zip(nbs, ex.map(lambda p: page(p, root/'references.bib'), nbs)))
-    for p, (md, _, faults) in res.items(): errs += [*faults, *form(p), *artefacts(p, md)]
+    for p, (md, _, faults) in res.items(): errs += [*faults, *form(p), *strays(p), *artefacts(p, md)]
     labels = Counter(l for md, _, _ in res.values() for l in re.findall(rf'\{{#({LABEL})', md))
     errs += [f'label {l} stands in {n} places' for l, n in labels.items() if n > 1]
     ids = {p: i for p, (_, i, _) in res.items()}
