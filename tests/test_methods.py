@@ -212,7 +212,10 @@ def test_what_is_given_holds():
 def test_every_budget_is_the_affordable_recipe_with_what_tuning_chose(cls):
     "Rate, epochs and arguments are those of tuned.json; all else is the paper's, cut by the rule"
     method, cut, theirs = find_method(cls), cls.affordable(), cls.recipe('base-to-new', 16)
-    chosen = json.loads((assets()/'tuned.json').read_text())[cls.method]
+    chosen = json.loads((assets()/'tuned.json').read_text()).get(cls.method)
+    if chosen is None:
+        assert method.recipe == cut and method.hparams == (cls.cpu_hparams or None)
+        return
     assert method.recipe == replace(cut, lr=chosen['lr'], epochs=chosen['epochs'],
                                     source=method.recipe.source)
     assert method.hparams == (chosen['hparams'] or None)

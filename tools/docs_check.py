@@ -28,8 +28,8 @@ WIDE = 100   # characters of a line of code that fit beside its prose
 # Chapters that measure: each number in their prose is one that the notebook computed
 MEASURED = re.compile(r'(07c|09|1\d|2[03]|31)')
 # Still on the first edition's experiments
-OLD = {'10_zeroshot', '12_cocoop', '13_deep', '14_mudpt', '15_provp', '16_metaprompt',
-       '17_map_dafe', '18_variational', '19b_sweep', '20_report', '23_cards', '31_suite'}
+OLD = {'12_cocoop', '13_deep', '14_mudpt', '15_provp',
+       '18_variational', '19b_sweep', '20_report', '23_cards', '31_suite'}
 
 # What pages showed once and must not show again: documentation without an object, addresses in
 # memory, links in code
@@ -243,7 +243,8 @@ def main(root=ROOT):
 
     with ThreadPoolExecutor(2) as ex:
         res = dict(zip(nbs, ex.map(lambda p: page(p, root/'references.bib'), nbs)))
-    for p, (md, _, faults) in res.items(): errs += [*faults, *form(p), *strays(p), *artefacts(p, md)]
+    for p, (md, _, faults) in res.items():
+        errs += [*faults, *form(p), *strays(p), *artefacts(p, md)]
     labels = Counter(l for md, _, _ in res.values() for l in re.findall(rf'\{{#({LABEL})', md))
     errs += [f'label {l} stands in {n} places' for l, n in labels.items() if n > 1]
     ids = {p: i for p, (_, i, _) in res.items()}
