@@ -28,7 +28,7 @@ class VPT(PromptLearner):
 
     CLIP's text features are the classifier."""
     method, learns_image = 'vpt', True
-    tries = dict(depth=1), dict(depth=4), dict(depth=8)
+    tries = dict(depth=1), dict(depth=4), {}  # blocks; all where nothing is said
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         n_visual:int=8,      # prompt tokens n beside the patches
@@ -55,7 +55,7 @@ class IVLP(PromptLearner):
     As published with Khattak et al. 2023, MaPLe, table 1. Raises ValueError when the words of
     `ctx_init` are fewer than `n_ctx`."""
     method, learns_text, learns_image = 'ivlp', True, True
-    tries = tuple(dict(depth_text=J, depth_vision=J) for J in (1, 4, 8))
+    tries = (*(dict(depth_text=J, depth_vision=J) for J in (1, 4)), {})
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         n_ctx:int|None=None,      # text tokens per layer; None: 2
@@ -111,7 +111,7 @@ class MaPLe(PromptLearner):
 
     Raises ValueError when the words of `ctx_init` are fewer than `n_ctx`."""
     method, learns_text, learns_image = 'maple', True, True
-    tries = dict(depth=1), dict(depth=4), dict(depth=8)
+    tries = dict(depth=1), dict(depth=4), {}
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         n_ctx:int|None=None,    # tokens per layer, in both towers; None: 2
