@@ -230,10 +230,10 @@ def _only_the_plan(ctx:Context):
         raise ValueError(f'--suite is a plan in which {option} is decided; leave it out, or use '
                          'compare or sweep without --suite')
 
-def _hours(missing:list[Run], rows:pd.DataFrame, workers:int=1) -> str:
+def _hours(missing:list[Run], rows:pd.DataFrame) -> str:
     "How long runs will take here, in words"
     speed = YARDSTICK/yardstick(load_backbone(device='cpu'))
-    seconds = expected(missing, rows, speed)/workers
+    seconds = expected(missing, rows, speed)
     return f'{seconds/3600:.1f} hours' if seconds > 5400 else f'{seconds/60:.0f} minutes'
 
 def _suite(ctx:Context, out_dir:Path, cache:Path|None, ray:str|None, as_json:bool):
@@ -242,10 +242,13 @@ def _suite(ctx:Context, out_dir:Path, cache:Path|None, ray:str|None, as_json:boo
     cache = cache or out_dir/'features'
     runs = [run for part in plan().values() for run in part]
     missing = [run for run in runs if not _done(run, out_dir, Store(cache))]
-    stored = pd.read_csv(assets()/'suite-results.csv.gz')
-    err.print(f'{len(runs)} runs, {len(runs)-len(missing)} done; the others take about '
-              f"{_hours(missing, stored)} here, one after another"
-              f"{'; Ray does as many at a time as there are cores' if ray else ''}")
+    said = f'{len(runs)} runs, {len(runs)-len(missing)} done'
+    stored = assets()/'suite-results.csv.gz'
+    if stored.exists() and missing:
+        hours = _hours(missing, pd.read_csv(stored))
+        said += f'; the others take about {hours} here, one after another'
+        if ray: said += '; Ray does as many at a time as there are cores'
+    err.print(said)
     before = known_runs(out_dir/'results.csv')
     left = sweep(runs, out_dir, 'ray' if ray else 'here', cpus=1,
                  address=None if ray == 'local' else ray, cache=cache)

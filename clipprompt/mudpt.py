@@ -55,7 +55,7 @@ class MuDPT(PromptLearner):
     Miao et al. 2023; the maps as in the authors' three trainers. Raises ValueError for another
     fusion, and when the words of `ctx_init` are fewer than `n_ctx`."""
     method, learns_text, learns_image = 'mudpt', True, True
-    tries = dict(depth=1), dict(depth=4), dict(depth=8)
+    tries = dict(depth=1), dict(depth=4), {}  # levels; eight where nothing is said
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         n_ctx:int|None=None,      # tokens per level, in both towers; None: 2

@@ -60,6 +60,7 @@ def parameters(command):
     first"""
     hints = get_type_hints(command, include_extras=True)
     for name, param in inspect.signature(command).parameters.items():
+        if hints[name] is typer.Context: continue   # what typer hands over, no option
         info = hints[name].__metadata__[0]
         if getattr(info, 'hidden', False): continue
         shell = name.replace('_', '-')
