@@ -112,7 +112,7 @@ Root = Annotated[Path|None, Option('--root',
 Targets = Annotated[str|None, Option(
     help="what protocol cross tests on, comma-separated; Pictograms' second set where not given")]
 Budget = Annotated[str, Option(
-    help='book: recipes scaled for two CPU cores; paper: the published ones, for a GPU')]
+    help='book: recipes tuned for two CPU cores; paper: the published ones, for a GPU')]
 Ray = Annotated[str|None, Option(
     help="run on a Ray cluster: 'local', or the address of one")]
 Halves = Annotated[int, Option(min=0,
