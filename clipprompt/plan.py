@@ -60,7 +60,8 @@ def plan() -> dict[str, list[Run]]: # part -> runs, in the order in which they a
         domain=grid(everyone, ['pixels'], ['domain'], seeds=[1]))
 
 # %% ../nbs/19d_plan.ipynb #19d-011
-YARDSTICK = 1. # seconds of `yardstick` on the machine that made the stored rows
+# seconds of `yardstick` on the machine that makes the stored rows; to be measured with them
+YARDSTICK = 1.
 
 def yardstick(backbone:Backbone) -> float: # seconds
     "A fixed piece of work on picto-clip: steps of CoOp, and pictures through the image tower"
