@@ -41,8 +41,8 @@ def controls() -> list[Method]:
     ]
 
 # %% ../nbs/19d_plan.ipynb #19d-008
-FEW = ('zero-shot', 'coop', 'maple', 'mudpt', 'provp-ref', 'metaprompt', 'map-dafe',
-       'variational-coop')
+FEW = ('zero-shot', 'linear-probe', 'coop', 'maple', 'mudpt', 'provp-ref', 'metaprompt',
+       'map-dafe', 'variational-coop')
 
 def plan() -> dict[str, list[Run]]: # part -> runs, in the order in which they are done
     "All runs of the comparison"
