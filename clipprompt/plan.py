@@ -52,12 +52,12 @@ def plan() -> dict[str, list[Run]]: # part -> runs, in the order in which they a
     halves = [run for h in (1, 2) for run in grid(FEW, worlds, seeds=[1], halves=h)]
     return dict(
         main=main,
-        controls=grid(controls(), worlds),
+        controls=grid(controls(), worlds, seeds=[1]),
         halves=halves,
         shots=grid(FEW, ['pictograms/arrows', 'pictograms/devices'], ['few-shot'],
                    [1, 2, 4, 8, 16]),
-        cross=grid(everyone, ['pictograms/general'], ['cross'], seeds=[1]),
-        domain=grid(everyone, ['pixels'], ['domain'], seeds=[1]))
+        cross=grid(FEW, ['pictograms/general'], ['cross'], seeds=[1]),
+        domain=grid(FEW, ['pixels'], ['domain'], seeds=[1]))
 
 # %% ../nbs/19d_plan.ipynb #19d-011
 # seconds of `yardstick` on the machine that makes the stored rows; to be measured with them
