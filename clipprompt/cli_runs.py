@@ -291,7 +291,8 @@ def _must_be_table(out_file:Path):
 @app.command('rerun')
 def rerun_command(
     path:Annotated[Path, Argument(
-        help='a record (.json), a results.csv, or the folder of a comparison or a sweep')],
+        help='a record (.json), a results.csv, the folder of a comparison or a sweep, or suite: '
+             "the book's own runs")],
     run:Annotated[str|None, Option(help='which of several: the first digits of its run')]=None,
     out_file:Annotated[Path|None, Option('--out',
         help='add the new record to this table (.csv)')]=None,
@@ -302,8 +303,10 @@ def rerun_command(
     Examples:
     clipprompt rerun clipprompt-sweep/records/9aeee14ac504eb60.json
     clipprompt rerun clipprompt-results/results.csv --run 9aeee
+    clipprompt rerun suite --run 9aeee
     """
     if out_file: _must_be_table(out_file)
+    if str(path) == 'suite' and not path.exists(): path = assets()/'suite-results.csv.gz'
     rec = _find_record(path, run)
     before = known_runs(out_file) if out_file else {}
     err.print(f"{rec['method']}, {rec['protocol']}, {rec['task']}, {rec['shots']} shots, "

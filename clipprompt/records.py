@@ -132,7 +132,8 @@ def read_records(path:str|Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f'there are no records at {path}; give a .json record, '
                                 'a folder of them, or a results.csv')
-    return _all_of(path) if path.suffix == '.csv' else [_one(path)]
+    is_table = path.name.endswith(('.csv', '.csv.gz'))
+    return _all_of(path) if is_table else [_one(path)]
 
 def _in_folder(files:list[Path], table:Path) -> list[dict]:
     "Records that are files, then what only the table beside them knows"

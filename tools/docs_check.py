@@ -29,7 +29,7 @@ WIDE = 100   # characters of a line of code that fit beside its prose
 MEASURED = re.compile(r'(07c|09|1\d|2[03]|31)')
 # Still on the first edition's experiments
 OLD = {'15_provp',
-       '18_variational', '20_report', '23_cards'}
+       '20_report', '23_cards'}
 
 # What pages showed once and must not show again: documentation without an object, addresses in
 # memory, links in code
