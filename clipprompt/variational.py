@@ -197,7 +197,7 @@ class VariationalCoOp(Variational, CoOp):
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         n_ctx:int|None=None,    # context length M; None: as the words have, 4 of noise
-        ctx_init:str|None=AUTO, # words to start from; 'auto': "a photo of a"; None: noise
+        ctx_init:str|None=AUTO, # words to start from, see `word_start`; None: noise
         seed:int=0,             # of the start, and of the draws at test
         **hparams,              # `Variational`'s and CoOp's others
     ):
