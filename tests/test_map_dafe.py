@@ -555,5 +555,5 @@ def test_bad_input(clip):
 def test_recipe():
     r = MAPDAFE.recipe()
     assert (r.lr, r.epochs, r.batch_size, r.weight_decay) == (.02, 50, 32, 5e-4)
-    assert 'our choice' in r.source
+    assert 'ours' in r.source
     assert MAPDAFE.recipe(dataset='imagenet').epochs == 20
