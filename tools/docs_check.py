@@ -28,8 +28,7 @@ WIDE = 100   # characters of a line of code that fit beside its prose
 # Chapters that measure: each number in their prose is one that the notebook computed
 MEASURED = re.compile(r'(07c|09|1\d|2[03]|31)')
 # Still on the first edition's experiments
-OLD = {'15_provp',
-       '20_report', '23_cards'}
+OLD = {'20_report', '23_cards'}
 
 # What pages showed once and must not show again: documentation without an object, addresses in
 # memory, links in code
