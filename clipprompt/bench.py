@@ -248,11 +248,12 @@ def _peaks(case:str, ways:tuple, options:tuple, sizes:dict, threads:int) -> dict
 def peaks(case:str, ways:tuple=('fast', 'plain'), options:tuple=(False, 'cpu', None),
     **sizes,
 ) -> dict[str, float|None]: # MB
-    """Highest memory of each way in a process of their own (the smaller one first)
+    """Highest memory of each way, on a CPU in a process of their own (the smaller one first)
 
     None where the system ended it or does not tell.
     """
     threads = torch.get_num_threads()
+    if find_device(options[1]).type == 'cuda': return _peaks(case, ways, options, sizes, threads)
     return _elsewhere('_peaks', case, ways, options, sizes, threads) or dict.fromkeys(ways)
 
 def _elsewhere(function:str, *args):

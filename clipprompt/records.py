@@ -102,9 +102,11 @@ def write_record(folder:str|Path, rec:dict):
     write_safely(Path(folder)/f"{rec['run']}.json", lambda tmp: tmp.write_text(text))
 
 def write_table(path:str|Path, records:list[dict]):
-    "As one CSV file, scores with four digits"
+    "As one CSV file, scores with four digits; packed if it is to be called .csv.gz"
     table = pd.DataFrame([{k: _cell(k, v) for k, v in rec.items()} for rec in records])
-    write_safely(path, lambda tmp: table.to_csv(tmp, index=False))
+    # without a time in its head, so that equal tables are equal files
+    packed = dict(method='gzip', mtime=0) if Path(path).suffix == '.gz' else None
+    write_safely(path, lambda tmp: table.to_csv(tmp, index=False, compression=packed))
 
 def _cell(name:str, value):
     if name in NESTED and value is not None: return json.dumps(value)
