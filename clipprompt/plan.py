@@ -60,8 +60,10 @@ def plan() -> dict[str, list[Run]]: # part -> runs, in the order in which they a
         domain=grid(FEW, ['pixels'], ['domain'], seeds=[1]))
 
 # %% ../nbs/19d_plan.ipynb #19d-011
-# seconds of `yardstick` on the machine that makes the stored rows; to be measured with them
-YARDSTICK = 1.
+# Seconds of `yardstick` on the machine that made most of the stored rows, one thread. It is gone,
+# so runs say it: yardstick elsewhere x (stored seconds / seconds of the same run there), both in
+# seconds of the processor; median of VPT, CoOp and IVLP on `arrows`
+YARDSTICK = .6
 
 def yardstick(backbone:Backbone) -> float: # seconds
     "A fixed piece of work on picto-clip: steps of CoOp, and pictures through the image tower"

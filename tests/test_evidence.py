@@ -1,11 +1,14 @@
 "Statistics of the comparison, against definitions written out."
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from clipprompt.evidence import agreement, gains, hits_of, means, ranks, redrawn, variance_shares
+from clipprompt.evidence import (agreement, gain_table, gains, hits_of, means, ranks, redrawn,
+                                 show_gains, stored, variance_shares)
+from clipprompt.figures import colour
 from clipprompt.protocols import harmonic_mean, pack_hits, unpack_hits
 from helpers import one_line
 
@@ -110,6 +113,55 @@ def test_gaps_are_errors(halves):
     one_line(e, 'b lacks task t1', 'run it')
     with pytest.raises(ValueError) as e: gains(halves, 'zero-shot')
     one_line(e, "no row is of 'zero-shot'", 'a, b')
+
+
+LINES = pd.DataFrame([
+    dict(method='vpt', score='base', difference=2.34, low=-.06, high=5.),
+    dict(method='vpt', score='h', difference=-1.25, low=-3., high=-.5),
+    dict(method='coop', score='base', difference=0., low=0., high=0.)])
+
+
+def test_gains_in_words():
+    "In the order of the lines, signs always there, a dash for what a method lacks"
+    said = gain_table(LINES)
+    assert list(said) == ['method', 'base', 'h'] and said.method.tolist() == ['vpt', 'coop']
+    assert said.base.tolist() == ['+2.3 [-0.1, +5.0]', '+0.0 [+0.0, +0.0]']
+    assert said.h.tolist() == ['-1.2 [-3.0, -0.5]', '–']
+
+
+def test_gains_drawn():
+    "A dot and a bar for each line of the table, where its numbers say"
+    fig = show_gains(LINES, 'coop')
+    assert [ax.get_title(loc='left') or ax.get_title() for ax in fig.axes] == ['base', 'H']
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ['vpt', 'coop']
+    assert 'more than coop' in fig.get_supxlabel()
+    base, h = (ax.containers for ax in fig.axes)
+    assert len(base) == 2 and len(h) == 1
+    dot, _, (bar,) = base[0].lines
+    assert dot.get_color() == colour('vpt')
+    assert dot.get_xydata().tolist() == [[2.34, 0.]]
+    assert np.allclose(bar.get_segments()[0], [[-.06, 0], [5, 0]])
+    low, high = fig.axes[0].get_ylim()
+    assert low > high                                  # the first method on top
+    plt.close(fig)
+
+
+def test_stored_rows_are_there():
+    main = stored()
+    assert set(main.part) == {'main'} and len(main) == len(main.drop_duplicates('run'))
+    some = stored('main', ['coop', 'zero-shot'], [2])
+    assert some.groupby('method').size().to_dict() == {'coop': 11, 'zero-shot': 11}
+    assert set(some.seed) == {2} and some.index.tolist() == list(range(22))
+    assert len(stored(methods=[])) == 0
+    hits = unpack_hits(some.hits_base[0])
+    assert 100*hits.mean() == pytest.approx(some.base[0], abs=.01)
+
+
+def test_rows_that_are_not_stored_are_named():
+    with pytest.raises(ValueError) as e: stored('mian')
+    one_line(e, "part 'mian'", 'the parts are main, controls')
+    with pytest.raises(ValueError) as e: stored('controls', ['coop-published', 'coop'])
+    one_line(e, "part 'controls' has no row of 'coop'")
 
 
 def test_ranks_by_hand():

@@ -9,10 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from clipprompt.cards import CARDS, drawing, overview
+from clipprompt.cards import CARDS, card, drawing, facts, overview
+from clipprompt.evidence import gains, stored
 from clipprompt.figures import LOOK, Sketch, Table, cell, colour, has_pixels, marker, style
 from clipprompt.methods import methods
-from helpers import works
+from clipprompt.protocols import unpack_hits
+from helpers import tiny_clip, works
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,11 +68,28 @@ def test_style_and_sketch():
 
 def test_cards_name_papers_of_the_bibliography():
     known = (ROOT/'references.bib').read_text(encoding='utf-8')
-    for name, card in CARDS.items():
-        key = re.search(r'(?:abs|pii)/(\S+)$', card.url)[1]
-        assert key in known, f'{name}: {card.url} is not in references.bib'
-        assert (ROOT/'nbs'/card.chapter).exists()
-        assert len(card.text) == len(card.image) == 5 and set(card.text+card.image) <= set('fcmdt.')
+    for name, c in CARDS.items():
+        key = re.search(r'(?:abs|pii)/(\S+)$', c.url)[1]
+        assert key in known, f'{name}: {c.url} is not in references.bib'
+        assert (ROOT/'nbs'/c.chapter).exists()
+        assert len(c.text) == len(c.image) == 5 and set(c.text+c.image) <= set('fcmdt.')
+
+
+def test_cards_say_what_the_rows_say():
+    "Means over tasks and seeds, counted from hits and not from scores; the cost from seconds"
+    told = facts(tiny_clip())
+    for name in CARDS:
+        rows = stored(methods=[name])
+        base, new = (np.mean([100*unpack_hits(h).mean() for h in rows[f'hits_{s}']])
+                     for s in ('base', 'new'))
+        said = card(name, told.loc[name])
+        assert f'base {base:.1f}, new {new:.1f} (11 tasks, 3 seeds)' in said
+        times = rows.seconds.mean()/stored(methods=['coop']).seconds.mean()
+        assert (f'Run\n: {times:.2g} times CoOp' in said) == (name != 'coop')
+    gained = gains(stored(methods=['zero-shot', *CARDS]))
+    here = gained[gained.score == 'h'].set_index('method')
+    assert told.gain.equals(here.difference[told.index].rename('gain'))
+    assert f'{here.low["vpt"]:+.1f}, {here.high["vpt"]:+.1f}]' in card('vpt', told.loc['vpt'])
 
 
 def test_drawings_are_svg():

@@ -7,6 +7,7 @@ import pytest
 from clipprompt import cli_runs
 from clipprompt.backbone import load_backbone
 from clipprompt.data import SUITE
+from clipprompt.evidence import stored
 from clipprompt.methods import find_method, methods
 from clipprompt.plan import FEW, controls, expected, plan, yardstick
 from clipprompt.runs import Run, planned
@@ -43,6 +44,16 @@ def test_a_control_is_a_tuned_method_but_for_its_arguments():
         assert changed and m.name.startswith(m.cls.method)
     published = next(m for m in controls() if m.name == 'coop-published')
     assert published.recipe.lr == .002 and published.recipe.epochs == 200
+
+
+@pytest.mark.parametrize('part', list(plan()))
+def test_what_was_planned_is_what_is_stored(part):
+    "No run more, none less, none twice"
+    def told(task): return task.removeprefix('pictograms/')
+    planned = Counter((r.name, told(r.task), r.protocol, r.shots, r.seed, r.halves)
+                      for r in plan()[part])
+    columns = ['method', 'task', 'protocol', 'shots', 'seed', 'halves']
+    assert Counter(stored(part)[columns].itertuples(index=False, name=None)) == planned
 
 
 def test_expected_seconds_by_hand():

@@ -27,8 +27,6 @@ WIDE = 100   # characters of a line of code that fit beside its prose
 
 # Chapters that measure: each number in their prose is one that the notebook computed
 MEASURED = re.compile(r'(07c|09|1\d|2[03]|31)')
-# Still on the first edition's experiments
-OLD = {'20_report', '23_cards'}
 
 # What pages showed once and must not show again: documentation without an object, addresses in
 # memory, links in code
@@ -197,7 +195,7 @@ def numbers(said):
 
 def strays(path):
     "Numbers in the prose of a chapter that measures which stand in no cell and no output of it"
-    if not MEASURED.match(path.name) or path.stem in OLD: return
+    if not MEASURED.match(path.name): return
     nb, computed = json.loads(path.read_text(encoding='utf-8')), set()
     for c in nb['cells']:
         if c['cell_type'] != 'code': continue
