@@ -12,6 +12,7 @@ from .map_dafe import MAPDAFE as MAPDAFE
 from .metaprompt import MetaPrompt as MetaPrompt
 from .methods import find_method as find_method, load as load
 from .mudpt import MuDPT as MuDPT
+from .page import live as live
 from .protocols import Method as Method
 from .provp import ProVP as ProVP, ProVPRef as ProVPRef
 from .report import compare as compare

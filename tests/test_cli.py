@@ -31,7 +31,8 @@ from helpers import clipprompt, refused, shapes, works
 METHODS = {name: find_method(name) for name in methods()}
 
 COLUMNS = 'method protocol task shots seed base new h seconds trainable'.split()
-COMMANDS = ['compare', 'sweep', 'rerun', 'train', 'evaluate', 'predict', 'bench', 'info']
+COMMANDS = ['compare', 'sweep', 'rerun', 'train', 'evaluate', 'predict', 'live', 'bench',
+            'info']
 
 
 @pytest.fixture(scope='module')

@@ -71,10 +71,11 @@ def test_dependencies():
     project = PYPROJECT['project']
     run, extras = names(project['dependencies']), project['optional-dependencies']
     asked = {MODULES.get(n, n) for n in run - INDIRECT}
-    optional = {'ray', 'tensorboard', 'resvg_py', 'IPython', 'matplotlib_inline'}
+    optional = {'ray', 'tensorboard', 'resvg_py', 'IPython', 'matplotlib_inline',
+                'anywidget'}
     assert imported((ROOT/'clipprompt').glob('*.py')) - optional == asked
-    assert {'ray', 'tensorboard', 'resvg_py'} <= names(extras['dev'])
-    for extra in ('ray', 'tensorboard', 'pretrain', 'book'):
+    assert {'ray', 'tensorboard', 'resvg_py', 'anywidget'} <= names(extras['dev'])
+    for extra in ('ray', 'tensorboard', 'pretrain', 'live', 'book'):
         assert set(extras[extra]) <= set(extras['dev'])
 
 
