@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import pypandoc
 import yaml
@@ -44,9 +45,13 @@ def fence(s, lang=''):
     return f'{ticks}{lang}\n{s.rstrip()}\n{ticks}'
 
 
+PARSING = Lock()   # Python 3.11 cannot always parse code in two threads at once
+
+
 def filtered(path):
     "The notebook at `path` as the book shows it"
-    return json.loads(nbfilter.filter_nb(path.read_text(encoding='utf-8'), path.name))
+    nb = path.read_text(encoding='utf-8')
+    with PARSING: return json.loads(nbfilter.filter_nb(nb, path.name))
 
 
 def options(src):
