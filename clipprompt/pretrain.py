@@ -777,6 +777,7 @@ class Run:
         torch.manual_seed(seed)
         self.pairs, self.steps, self.batch_size = pairs, steps, batch_size
         self.lr, self.warmup = lr, warmup
+        self.seed = seed
         self.rng, self.gen = random.Random(seed), torch.Generator().manual_seed(seed)
         self.rows, self.images = row_numbers(pairs.token_ids), torch.from_numpy(pairs.images)
         self.concepts = torch.tensor(pd.factorize(np.array(pairs.concepts))[0])
@@ -817,12 +818,15 @@ class Run:
         "Atomic: the old checkpoint stays until the new one is complete"
         state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
             step=self.step, loss=self.loss, order=self.order, gen=self.gen.get_state(),
-            rng=self.rng.getstate(), token_ids=self.pairs.token_ids)
+            rng=self.rng.getstate(), token_ids=self.pairs.token_ids, seed=self.seed)
         replace_file(Path(path), lambda p: torch.save(state, p))
 
     def load(self, path:Path):
-        "Go on where `save` was called. Raises ValueError for a checkpoint of other pairs"
+        "Go on where `save` was called. Raises ValueError for a checkpoint of other pairs or seed"
         state = torch.load(path, weights_only=True)
+        if state['seed'] != self.seed:
+            raise ValueError(f"{path} was trained with seed {state['seed']}, not {self.seed}; "
+                             'remove it or give another --out')
         if state['token_ids'] != self.pairs.token_ids:
             raise ValueError(f'{path} belongs to other pre-training pairs; '
                              'remove it or give another --out')
@@ -902,7 +906,7 @@ def export_weights(
     tensors['token_ids'] = torch.tensor(ids, dtype=torch.int32)
     meta = dict(name='picto-clip', version='1', model_cfg=json.dumps(cfg),
         mean=json.dumps([MEAN]*3), std=json.dumps([STD]*3), interpolation='bicubic',
-        steps=str(run.step), pairs=str(len(run.images)), alpha=str(ALPHA))
+        steps=str(run.step), pairs=str(len(run.images)), alpha=str(ALPHA), seed=str(run.seed))
     replace_file(Path(path), lambda p: save_file(tensors, p, metadata=meta))
     os.chmod(path, 0o644)
 
@@ -931,11 +935,12 @@ def build_command(source:Path=SOURCE, out:Path=OUT):
 
 @app.command('train')
 def train_command(source:Path=SOURCE, out:Path=OUT,
-    steps:int=typer.Option(7000, help='of 256 pairs')
+    steps:int=typer.Option(7000, help='of 256 pairs'),
+    seed:int=typer.Option(0, help='of start, order and captions; the shipped model has 0'),
 ):
     "Pre-train picto-clip; start again after an interruption and it goes on"
     if not (out/'token_ids.txt').exists(): _build(source, out)
-    run = Run(Pairs.load(out), steps=steps)
+    run = Run(Pairs.load(out), steps=steps, seed=seed)
     try: train(run, out, report=typer.echo)
     except KeyboardInterrupt: raise typer.Exit(130)
     path = out/'picto-clip.safetensors'

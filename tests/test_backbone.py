@@ -15,6 +15,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
@@ -490,3 +491,24 @@ def test_picto_clip_has_its_own_weights(pretrained):
     "Others would be ignored, and recorded as if they had been used"
     with pytest.raises(ValueError) as e: load_backbone('picto-clip', pretrained)
     one_line(e, 'picto-clip', str(pretrained), '--pretrained', '--backbone')
+
+
+def test_other_trainings_of_picto_clip(tmp_path, monkeypatch):
+    "By tag where the book is cloned, else by file; what is used is what is recorded"
+    shipped = module.assets()/'picto-clip.safetensors'
+    monkeypatch.setattr(module, 'assets', lambda: tmp_path)
+    with pytest.raises(ValueError) as e: load_backbone('picto-clip', 'seed1')
+    one_line(e, "'seed1'", 'clone', 'picto-clip chapter')
+    (tmp_path/'backbones').mkdir()
+    with safe_open(shipped, 'pt') as f:
+        meta, weights = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    weights['visual.proj'] *= 2
+    save_file(weights, tmp_path/'backbones'/'picto-clip-seed1.safetensors', meta)
+    other = load_backbone('picto-clip', 'seed1')
+    assert (other.name, other.pretrained) == ('picto-clip', 'seed1')
+    same = load_backbone('picto-clip', tmp_path/'backbones'/'picto-clip-seed1.safetensors')
+    monkeypatch.undo()
+    assert other.fingerprint == same.fingerprint != load_backbone().fingerprint
+    save_file(dict(x=torch.zeros(1)), tmp_path/'x.safetensors')
+    with pytest.raises(ValueError) as e: load_backbone('picto-clip', tmp_path/'x.safetensors')
+    one_line(e, 'x.safetensors', 'no picto-clip')

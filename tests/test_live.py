@@ -139,6 +139,12 @@ def test_tokens_that_depend_on_the_image_are_refused(clip):
         with torch.no_grad(): tool.exported('cocoop', CoCoOp(clip, ['mug', 'key']).eval())
 
 
+def test_chapters_lead_to_cards_that_exist():
+    from nbfilter import CARDS
+    assert set(CARDS.values()) == set(tool.TITLES) - {'vpt'}   # the deep chapter leads to MaPLe
+    assert all((ROOT/'nbs'/chapter).exists() for chapter in CARDS)
+
+
 def test_kernel_is_of_its_source():
     "A change of linear.ts without --compile would go unnoticed"
     wasm = (tool.PAGE/'linear.wasm').read_bytes()
@@ -379,6 +385,30 @@ def test_phone_has_no_sideways_scroll(browser, address, path):
     found.ready()
     assert found.tab.evaluate('document.documentElement.scrollWidth') <= 390
     assert not found.errors
+    found.close()
+
+
+@browses
+@pytest.mark.parametrize('path', ['', 'explorer.html'])
+@pytest.mark.parametrize('theme', ['light', 'dark'])
+def test_labels_contrast_and_keys(browser, address, path, theme):
+    "What axe-core finds: contrast, names of controls, landmarks, order of headings"
+    axe = pytest.importorskip('axe_playwright_python.sync_playwright').Axe()
+    found = Tab(browser, address, path, color_scheme=theme)
+    found.ready()
+    assert found.tab.evaluate('document.documentElement.dataset.theme') == theme
+    wrong = axe.run(found.tab)
+    assert not wrong.violations_count, wrong.generate_report()
+    found.close()
+
+
+@browses
+def test_an_address_shows_the_card_of_a_chapter(browser, address):
+    found = Tab(browser, address, '#card-vpt', narrow=True)
+    found.ready()
+    card = found.tab.locator('#card-vpt:target')
+    assert card.is_visible() and 0 <= card.bounding_box()['y'] < 844
+    assert not found.tab.locator('#card-maple').is_visible()   # hidden at first, as ever
     found.close()
 
 

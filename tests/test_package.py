@@ -105,6 +105,8 @@ def test_the_wheel_has_the_package_the_data_and_nothing_else(tmp_path):
     pytest.importorskip('setuptools', '77')
     source = tmp_path/'source'   # a build leaves files where it is made
     for name in ('clipprompt', 'data'): shutil.copytree(ROOT/name, source/name)
+    (source/'data'/'backbones').mkdir(exist_ok=True)
+    (source/'data'/'backbones'/'another.safetensors').write_bytes(b'for clones only')
     for name in ('pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, source)
     args = ['-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-index',
             '--wheel-dir', tmp_path, source]
@@ -114,5 +116,5 @@ def test_the_wheel_has_the_package_the_data_and_nothing_else(tmp_path):
     inside = {n for n in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in n}
     code = {f'clipprompt/{p.name}' for p in (ROOT/'clipprompt').glob('*.py*') if p.is_file()}
     data = {f'clipprompt/assets/{p.relative_to(ROOT/"data").as_posix()}'
-            for p in (ROOT/'data').rglob('*') if p.is_file()}
+            for p in (ROOT/'data').rglob('*') if p.is_file() and p.parent.name != 'backbones'}
     assert inside == code | data | {'clipprompt/py.typed'}

@@ -314,6 +314,14 @@ def test_checkpoint_of_other_pairs(pairs, tmp_path):
         P.Run(other, SMALL, steps=1, batch_size=5).load(tmp_path/'c.pt')
 
 
+def test_seeds_make_other_models_and_are_not_mixed(pairs, tmp_path):
+    first, again, other = (steps(P.Run(pairs, SMALL, steps=2, batch_size=5, seed=s), 1)
+                           for s in (1, 1, 2))
+    assert same(first, again) and not same(first, other)
+    first.save(tmp_path/'c.pt')
+    with pytest.raises(ValueError, match='seed 1, not 2; remove it'): other.load(tmp_path/'c.pt')
+
+
 def test_pairs_survive_a_round_trip(pairs, tmp_path):
     pairs.save(tmp_path)
     back = P.Pairs.load(tmp_path)

@@ -138,13 +138,19 @@ def prose(md):
     return re.sub(r'(`+)[^`\n]+\1', '', md)
 
 
+def there(path, root=ROOT):
+    "Does a file of the site exist? The page that draws is written at a render, from data/live"
+    if path.parent == root/'live': path = root/'data'/'live'/path.name
+    return path.exists()
+
+
 def dead_links(path, md, ids):
     "Relative links in `md`, the text of `path`, to files or anchors that do not exist"
     for link in sorted(set(re.findall(r'\]\(([^)\s]+)', prose(md)))):
         if re.match(r'[a-z]+:|x\.png$', link): continue
         file, _, anchor = link.partition('#')
         to = (path.parent/file).resolve() if file else path
-        if not to.exists() or (anchor and to in ids and anchor not in ids[to]):
+        if not there(to) or (anchor and to in ids and anchor not in ids[to]):
             yield f'{path.name}: link to {link}, which does not exist'
 
 

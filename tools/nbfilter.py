@@ -40,6 +40,14 @@ PLAIN = {'fit', 'evaluate', 'compare', 'sweep', 'assets'}
 # open_clip's and PyTorch's, whatever chapters define
 NOT_OURS = {'encode_text', 'encode_image', 'state_dict'}
 
+# Where the page that draws shows a chapter's methods (tools/live.py has the names)
+CARDS = {
+    '10_zeroshot.ipynb': 'zero-shot', '11_coop.ipynb': 'coop', '12_cocoop.ipynb': 'coop',
+    '13_deep.ipynb': 'maple', '14_mudpt.ipynb': 'mudpt', '15_provp.ipynb': 'provp-ref',
+    '16_metaprompt.ipynb': 'metaprompt', '17_map_dafe.ipynb': 'map-dafe',
+    '18_variational.ipynb': 'variational-coop',
+}
+
 BACKTICKS = re.compile(r'(?<![\[`\w])`([A-Za-z_]\w*)((?:\.\w+)*)(\(\))?`(?![`\]])')
 
 
@@ -60,6 +68,8 @@ def page_links(notebook):
         'Open in Colab': f'{colab}/blob/{branch}/nbs/{notebook}',
         'Edit': f'{repository()}/edit/{branch}/nbs/{notebook}',
     }
+    if notebook in CARDS:
+        links = {'Draw, and see it answer': f'../live/index.html#card-{CARDS[notebook]}'} | links
     listed = '\n'.join(f'[{text}]({url})' for text, url in links.items())
     return '::: {.page-links}\n' + listed + '\n:::'
 

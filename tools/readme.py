@@ -28,6 +28,12 @@ def for_host(md):
     return re.sub(r'(\.ipynb)#[^)\s]*\)', r'\1)', md)
 
 
+def in_site(md):
+    "Pages of the site that no notebook makes, as the site itself links to them"
+    home = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['book']['site-url']
+    return md.replace(f'({home}/', '(')
+
+
 def main():
     md = nb2md(filtered(ROOT/'nbs'/'index.ipynb'))
     head = re.match(r'---\n(.*?)\n---\s*', md, re.S)
@@ -38,8 +44,8 @@ def main():
                                   encoding='utf-8')
     # The site's front page has the book's title block on top; without a heading of its own it
     # would be chapter 1
-    (ROOT/'index.qmd').write_text(f'# {meta["title"]} {{.unnumbered .front}}\n\n{MADE}\n\n{body}\n',
-                                  encoding='utf-8')
+    head = f'# {meta["title"]} {{.unnumbered .front}}\n\n{MADE}\n\n'
+    (ROOT/'index.qmd').write_text(f'{head}{in_site(body)}\n', encoding='utf-8')
 
 
 if __name__ == '__main__': main()

@@ -37,9 +37,14 @@ function snapshot() {
   $('undo').disabled = false;
 }
 
+function setExample(on) {
+  state.example = on;
+  $('paper-box').classList.toggle('example', on);
+}
+
 function changed(source = null) {
   state.source = source;
-  state.example = false;
+  setExample(false);
   for (const b of $('picker').children) b.setAttribute('aria-pressed', String(b.entry === source));
   $('credit').textContent = source?.credit ? `${source.label}: ${source.credit}` : '';
   $('paper-box').classList.add('used');
@@ -270,7 +275,7 @@ async function showExample() {
   await first.onclick();
   before.length = 0;
   $('undo').disabled = true;
-  state.example = true;
+  setExample(true);
 }
 
 // ---- switches ----
@@ -441,6 +446,10 @@ function showEngine(engine) {
     + 'answers, and keeps nothing.';
 }
 
+// An address such as #card-vpt, as the chapters give it, shows this method and goes to its card
+const asked = location.hash.replace('#card-', '');
+state.hidden.delete(asked);
+
 blank();
 startTheme($('theme'), show);
 try {
@@ -449,6 +458,7 @@ try {
   $('progress').hidden = true;
   showTask(await state.engine.use(state.engine.tasks[0]));
   await (before.length ? ask() : showExample());   // somebody may have drawn already
+  if ($(`card-${asked}`)) location.replace(location.hash);   // it was not there at first
   document.body.dataset.ready = 'yes';
 } catch (error) {
   say('The page could not start.');
