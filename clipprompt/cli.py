@@ -33,7 +33,7 @@ from .hub import local_prompts
 from .inference import Prediction, listed, predictions
 from .learner import PromptLearner, read_prompts
 from .methods import find_method, load, methods as all_methods
-from .page import Told, open_page, show_page
+from .page import Told, numbered, open_page, show_page
 from .prompts import clean_names
 from .protocols import PROTOCOLS
 from .public import PUBLIC
@@ -300,14 +300,14 @@ def _must_fit(path:str, clip:Backbone):
                      'without --backbone')
 
 def _loaded(prompts:list[str], clip:Backbone|None, **where) -> dict[str, PromptLearner]:
-    "Title -> learner, all on `clip`, or on the backbone that the first file asks for"
-    found = {}
+    "File's name -> learner, all on `clip`, or on the backbone that the first file asks for"
+    found = []
     for path in prompts:
         if clip: _must_fit(path, clip)
         learner = load(path, clip, **({} if clip else where))
         clip = learner.backbone
-        found[f'{type(learner).__name__} ({path})'] = learner
-    return found
+        found.append(learner)
+    return dict(zip(numbered([Path(path).stem for path in prompts]), found))
 
 def _to_choose(task:str|None, learners:dict, root:Path|None) -> DataSet|None:
     "Test pictures of the named task, or of the usual one if somebody knows its classes"

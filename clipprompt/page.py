@@ -198,9 +198,11 @@ class Told(Answers):
     def about(self) -> dict:
         "What there is: learners and pictures"
         blocks = self.clip.vision_layers
-        methods = [dict(name=name, title=title, colour=look(type(m))[0], classnames=m.classnames,
-                        slots=n, blocks=blocks)
-                   for name, (title, m), n in zip(self.names, self.learners.items(), self.slots)]
+        methods = []
+        for name, (title, m), n in zip(self.names, self.learners.items(), self.slots):
+            kind, (colour, _) = type(m).__name__, look(type(m))
+            methods.append(dict(name=name, title=title, what='' if title == kind else kind,
+                                colour=colour, classnames=m.classnames, slots=n, blocks=blocks))
         pictures = [dict(id=i, label=label, url=f'pictures/{i}')
                     for i, (label, _) in enumerate(self.shelf)]
         return dict(server=True, backbone=self.clip.name, image_size=self.clip.image_size,

@@ -438,7 +438,7 @@ function showEngine(engine) {
     return make('option', null, { value, textContent: title });
   }));
   for (const id of ['look-row', 'own', 'depth-row', 'runs']) $(id).hidden = engine.server;
-  $('seen-row').hidden = engine.server;
+  for (const id of ['seen-row', 'reset', 'how-settings']) $(id).hidden = engine.server;
   $('choices').hidden = engine.server && !engine.about.task;
   if (!engine.server) return;
   state.hidden.clear();

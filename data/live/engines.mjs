@@ -80,8 +80,8 @@ class Python {   // `clipprompt live`: other backbones, the reader's own prompts
 
   async use(name) {
     const pictures = this.about.pictures.map(({ id, label, url }) => ({ place: id, label, url }));
-    const { methods } = this.about, slim = methods.map(m => ({ ...m, what: '' }));
-    return { task: name, look: 'drawn', start: 0, classnames: methods[0].classnames, methods: slim,
+    const { methods } = this.about;
+    return { task: name, look: 'drawn', start: 0, classnames: methods[0].classnames, methods,
              pictures, missing: '' };
   }
 

@@ -36,7 +36,11 @@ function paper(left, changed) {
   const pen = canvas.getContext('2d');
   let last = null, before = [];
   const blank = () => { pen.fillStyle = '#fff'; pen.fillRect(0, 0, SIDE, SIDE); };
-  const keep = () => { before.push(pen.getImageData(0, 0, SIDE, SIDE)); if (before.length > 20) before.shift(); };
+  const keep = () => {
+    before.push([pen.getImageData(0, 0, SIDE, SIDE), it.file]);
+    if (before.length > 20) before.shift();
+    it.file = null;
+  };
   const at = e => {
     const r = canvas.getBoundingClientRect();
     return [(e.clientX-r.left)*SIDE/r.width, (e.clientY-r.top)*SIDE/r.height];
@@ -52,13 +56,21 @@ function paper(left, changed) {
   };
   const it = {
     canvas, erases: false,
+    file: null,   // a picture as it was given; null: what is drawn
     clear() { keep(); blank(); changed(); },
-    undo() { const was = before.pop(); if (was) { pen.putImageData(was, 0, 0); changed(); } },
-    show(picture) {
+    undo() {
+      const [was, file] = before.pop() ?? [];
+      if (!was) return;
+      pen.putImageData(was, 0, 0);
+      it.file = file;
+      changed();
+    },
+    show(picture, file) {
       const w = picture.naturalWidth || picture.width, h = picture.naturalHeight || picture.height;
       const s = SIDE/Math.max(w, h);
       keep(); blank();
       pen.drawImage(picture, (SIDE-w*s)/2, (SIDE-h*s)/2, w*s, h*s);
+      it.file = file;
       changed();
     },
   };
@@ -124,9 +136,11 @@ function render({ model, el }) {
     if (!about) return;
     if (waiting) { again = true; return; }
     waiting = true;
-    board.canvas.toBlob(async blob => {
+    const send = async blob => {
       model.send({ kind: 'picture', turn: ++turn }, undefined, [await blob.arrayBuffer()]);
-    }, 'image/png');
+    };
+    if (board.file) send(board.file);
+    else board.canvas.toBlob(send, 'image/png');
   }
   function paint() {
     for (const said of answer?.methods ?? []) shows[said.name]?.(said, block);
@@ -148,7 +162,8 @@ function render({ model, el }) {
   const status = make('p', left, { className: 'status', textContent: 'Waiting for the kernel' });
   status.setAttribute('role', 'status');
   file.onchange = async () => {
-    try { board.show(await createImageBitmap(file.files[0])); }
+    const [given] = file.files;
+    try { board.show(await createImageBitmap(given), given); }
     catch { status.textContent = 'This file is no picture that the browser can read; save it as PNG or JPEG.'; }
     file.value = '';
   };
@@ -167,9 +182,9 @@ function render({ model, el }) {
     shelf.replaceChildren();
     said.pictures.forEach((picture, i) => {
       const b = make('button', shelf, { type: 'button', title: picture.label });
-      const url = URL.createObjectURL(new Blob([buffers[i]], { type: 'image/png' }));
-      const img = make('img', b, { src: url, alt: picture.label });
-      b.onclick = () => board.show(img);
+      const png = new Blob([buffers[i]], { type: 'image/png' });
+      const img = make('img', b, { src: URL.createObjectURL(png), alt: picture.label });
+      b.onclick = () => board.show(img, png);
     });
     status.textContent = `Draw. ${said.backbone} answers.`;
     ask();
