@@ -14,12 +14,13 @@ from typing import Annotated
 import pandas as pd
 from typer import Argument, Context, Option
 
-from .backbone import assets, load_backbone
+from .backbone import load_backbone
 from .console import (DATA_WORDS, METHOD_NAMES, app, check_select, entries, err,
     for_people, given_settings, out, print_json, show_table)
 from .console import (Again, Budget, Cache, Chunk, Device, Epochs, Half, Halves, Json,
     Model, Ray, Root, Select, Set, Skip, Targets, Weights, Workers)
 from .data import SUITE
+from .evidence import stored_file
 from .files import check_writable
 from .learner import Recipe
 from .methods import methods as all_methods, rerun
@@ -243,9 +244,8 @@ def _suite(ctx:Context, out_dir:Path, cache:Path|None, ray:str|None, as_json:boo
     runs = [run for part in plan().values() for run in part]
     missing = [run for run in runs if not _done(run, out_dir, Store(cache))]
     said = f'{len(runs)} runs, {len(runs)-len(missing)} done'
-    stored = assets()/'suite-results.csv.gz'
-    if stored.exists() and missing:
-        hours = _hours(missing, pd.read_csv(stored))
+    if missing:
+        hours = _hours(missing, pd.read_csv(stored_file()))
         said += f'; the others take about {hours} here, one after another'
         if ray: said += '; Ray does as many at a time as there are cores'
     err.print(said)
@@ -306,7 +306,7 @@ def rerun_command(
     clipprompt rerun suite --run 9aeee
     """
     if out_file: _must_be_table(out_file)
-    if str(path) == 'suite' and not path.exists(): path = assets()/'suite-results.csv.gz'
+    if str(path) == 'suite' and not path.exists(): path = stored_file()
     rec = _find_record(path, run)
     before = known_runs(out_file) if out_file else {}
     err.print(f"{rec['method']}, {rec['protocol']}, {rec['task']}, {rec['shots']} shots, "

@@ -22,9 +22,10 @@ import pandas as pd
 import pytest
 
 from clipprompt import pictures as pictures_module, runs as runs_module, sweep as sweep_module
-from clipprompt.backbone import assets, load_backbone
+from clipprompt.backbone import load_backbone
 from clipprompt.coop import CoOp
 from clipprompt.evaluation import evaluate
+from clipprompt.evidence import stored_file
 from clipprompt.files import check_writable
 from clipprompt.methods import find_method, rerun
 from clipprompt.pictures import DataNotFound
@@ -444,7 +445,7 @@ def test_a_packed_table_is_the_same_table(whole, tmp_path):
 def test_stored_rows_can_be_run_again(method, points):
     """The rows that the book prints, too: the same pictures are right. What is trained may differ
     a little where a processor rounds otherwise"""
-    r = next(r for r in read_records(assets()/'suite-results.csv.gz')
+    r = next(r for r in read_records(stored_file())
              if (r['part'], r['method'], r['task'], r['seed']) == ('main', method, 'arrows', 1))
     again = rerun(r, device='cpu')
     assert again['run'] == r['run']

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from clipprompt.backbone import assets, load_backbone
 from clipprompt.deep import IVLP
 from clipprompt.evaluation import evaluate
+from clipprompt.evidence import stored_file
 from clipprompt.methods import find_method, load, look
 from clipprompt.mudpt import _first_words
 from clipprompt.pictures import test_transform
@@ -292,7 +293,7 @@ def write_task(task, clip, out):
 
 def write_runs(out):
     "The book's runs for the explorer, column by column"
-    rows = pd.read_csv(assets()/'suite-results.csv.gz')
+    rows = pd.read_csv(stored_file())
     rows = rows[rows.protocol == 'base-to-new']
     columns, names = {}, {}
     for name in ('part', 'method', 'task'):
