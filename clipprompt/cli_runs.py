@@ -23,7 +23,7 @@ from .data import SUITE
 from .evidence import stored_file
 from .files import check_writable
 from .learner import Recipe
-from .methods import methods as all_methods, rerun
+from .methods import compared, rerun
 from .pictures import DOMAINS
 from .plan import YARDSTICK, expected, plan, yardstick
 from .protocols import PROTOCOLS, SCORES, protocol, usual_shots, usual_task
@@ -64,7 +64,7 @@ def _records(rows:pd.DataFrame) -> list[dict]:
     return rows.drop(columns=[c for c in rows if c.startswith('hits_')]).to_dict('records')
 
 # %% ../nbs/40b_cli_runs.ipynb #40-013
-_every = ','.join(all_methods())
+_every = ','.join(compared())
 _known = f'comma-separated; known: {METHOD_NAMES}'
 
 @app.command('compare')

@@ -17,7 +17,7 @@ import seaborn as sns
 from .backbone import Backbone
 from .figures import STYLE
 from .files import check_writable
-from .methods import look, methods as all_methods
+from .methods import compared, look
 from .protocols import Method, overall, summary
 from .records import known_runs, write_table
 from .runs import Store, check_runs, grid, load_run
@@ -25,7 +25,7 @@ from .sweep import sweep
 
 # %% ../nbs/20_report.ipynb #20-014
 def compare(
-    methods:list|None=None,        # names, classes or Methods; all that are known where None
+    methods:list|None=None,        # names, classes or Methods; where None the usual ones
     seeds:list[int]=(1,),          # the papers take 1, 2 and 3
     shots:list[int]|None=None,     # None: 16, or 4 of each source under protocol 'domain'
     protocol_name:str='base-to-new',
@@ -45,7 +45,7 @@ def compare(
     **how,                         # workers, text_chunk, checkpoint_text of a `Run`
 ) -> pd.DataFrame: # one row per method, task, shots and seed
     "Every method on every task under one protocol. Raises what stops a run, before or after it"
-    methods = list(all_methods()) if methods is None else methods
+    methods = compared() if methods is None else methods
     runs = grid(methods, tasks, [protocol_name], shots, seeds, root=root, targets=targets,
                 budget=budget, epochs=epochs, select=select, hparams=hparams,
                 skip_broken=skip_broken, **how)

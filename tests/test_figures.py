@@ -12,7 +12,7 @@ import pytest
 from clipprompt.cards import CARDS, card, drawing, facts, overview
 from clipprompt.evidence import gains, stored
 from clipprompt.figures import LOOK, Sketch, Table, cell, colour, has_pixels, marker, style
-from clipprompt.methods import methods
+from clipprompt.methods import BOOK
 from clipprompt.protocols import unpack_hits
 from helpers import tiny_clip, works
 
@@ -26,7 +26,7 @@ def rows(table):
 
 
 def test_every_method_has_a_look_of_its_own():
-    assert set(LOOK) == set(methods())
+    assert set(LOOK) == {cls.method for cls in BOOK}
     assert len({(colour(m), marker(m)) for m in LOOK}) == len(LOOK)
     assert colour('somebody-elses') == '#404040' and marker('somebody-elses') == 'o'
 
