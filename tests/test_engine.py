@@ -436,7 +436,8 @@ def test_a_recipe_may_count_steps(clip, few, steps):
 
 def test_steps_that_fill_epochs_are_these_epochs(clip, few):
     recipe = Recipe(lr=.05, steps=6, batch_size=4, per='step')
-    assert same(trained(clip, few, recipe), trained(clip, few, replace(recipe, steps=None, epochs=2)))
+    epochs = replace(recipe, steps=None, epochs=2)
+    assert same(trained(clip, few, recipe), trained(clip, few, epochs))
     for wrong in (dict(steps=0), dict(final_lr=-1)):
         with pytest.raises(ValueError) as e: Recipe(**wrong)
         one_line(e, 'must be at least')

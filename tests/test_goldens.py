@@ -198,7 +198,8 @@ def all_within(g, errors, dtype):
         'loss_trace': 'loss'
     }
     for k, e in errors.items():
-        kind = k.removeprefix('restore.').removeprefix('clean.').removeprefix('dropout.').split('.')[0]
+        kind = k.split('.')[0]
+        if kind in ('restore', 'clean', 'dropout'): kind = k.split('.')[1]
         limit = tolerance[kinds.get(kind, 'logits')]
         assert e <= limit, f'{k}: error {e:.1e} > {limit:.1e}'
 
