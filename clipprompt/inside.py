@@ -145,7 +145,8 @@ class ClipLoRA(Written):
         if encoder not in ('text', 'vision', 'both'):
             raise ValueError(f"unknown encoder '{encoder}'; use text, vision or both")
         if r < 1 or not 0 <= dropout < 1:
-            raise ValueError(f'r is at least 1 and dropout from 0 to below 1, not {r} and {dropout}')
+            raise ValueError('r is at least 1 and dropout from 0 to below 1, '
+                             f'not {r} and {dropout}')
         def low_rank(width, layers, seed):
             return LowRank(width, blocks_of(position, layers), r, alpha, places, dropout, seed)
         clip, self.text_lora, self.vision_lora = backbone, None, None
@@ -310,7 +311,7 @@ class Inserted(Changes):
     def insert(self, layer): return self.tokens.get(layer)   # [n, D]
 
 # %% ../nbs/18e_inside.ipynb #18e-031
-# Weight of the anchor for each data set, tuned by the authors, who also use 2048 numbers for EuroSAT
+# Weight of the anchor, tuned for each data set by the authors, who give EuroSAT 2048 numbers
 _ANCHORS = dict(stanford_cars=7., fgvc_aircraft=6., sun397=6., dtd=6., food101=5.,
                 oxford_flowers=4., ucf101=3., imagenet=.5, caltech101=.5, oxford_pets=.2,
                 eurosat=.01)
