@@ -119,14 +119,15 @@ _CHOICES = dict(optimizer=('sgd', 'adam', 'adamw'), schedule=('cosine', 'constan
                 per=('epoch', 'step'), warmup=('constant', 'linear'),
                 select=('last', 'best_on_val', 'best_on_test'))
 _LEAST = dict(lr=0, epochs=0, batch_size=1, momentum=0, eps=0, weight_decay=0, accumulate=1,
-              warmup_epochs=0, warmup_lr=0, clip_norm=0, views=1, patience=1)
+              warmup_epochs=0, warmup_lr=0, final_lr=0, clip_norm=0, views=1, patience=1,
+              steps=1)
 
 def _one_of(name:str, value, known:tuple):
     if value not in known:
         raise ValueError(f"unknown {name} '{value}'; {nearest(str(value), known)}")
 
 def _at_least(name:str, value, least):
-    if value is None and name in ('clip_norm', 'views', 'patience'): return
+    if value is None and name in ('clip_norm', 'views', 'patience', 'steps'): return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f'{name} must be a number, not {value!r}')
     if not value >= least: raise ValueError(f'{name} must be at least {least}, not {value}')
@@ -137,6 +138,7 @@ class Recipe:
     "Hyper-parameters of training; JSON can write them"
     lr:float=0.002              # at the start of the schedule
     epochs:int=50               # 0: nothing is trained step by step
+    steps:int|None=None         # as many in place of `epochs`; the last epoch may be cut short
     batch_size:int=32
     optimizer:str='sgd'         # 'sgd', 'adam' or 'adamw'
     momentum:float=0.9          # of SGD
@@ -148,6 +150,7 @@ class Recipe:
     clip_norm:float|None=None   # longest gradient, over all parameters
     accumulate:int=1            # batches whose mean gradient makes one step
     schedule:str='cosine'       # or 'constant'
+    final_lr:float=0.           # where the cosine ends
     per:str='epoch'             # the rate changes after each 'epoch', or after each 'step'
     warmup_epochs:int=1
     warmup_lr:float=1e-5
@@ -223,7 +226,7 @@ class _Trainable(Classifier):
         "`affordable`, with the rate and the number of epochs that tuning chose for the method"
         recipe, chosen = cls.affordable(), _tuned().get(cls.method)
         if not chosen: return recipe
-        return replace(recipe, lr=chosen['lr'], epochs=chosen['epochs'],
+        return replace(recipe, lr=chosen['lr'], epochs=chosen['epochs'], steps=None,
                        source=f'{recipe.source}; rate and epochs tuned on validation pictures')
 
     @classmethod

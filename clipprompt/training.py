@@ -8,6 +8,7 @@ __all__ = ['Training', 'precision_of', 'Fit', 'fit']
 # %% ../nbs/06_training.ipynb #06-003
 import math
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 
@@ -21,7 +22,7 @@ from .hooks import Checkpoint, Hook, Progress, Select, Track
 from .learner import PromptLearner, Recipe
 from .pictures import mixed
 from .sets import as_dataset
-from .steps import Collecting, Feed, lr_at, optimizer_of, stepper
+from .steps import Collecting, Feed, lr_at, optimizer_of, stepper, steps_of
 
 # %% ../nbs/06_training.ipynb #06-016b
 @dataclass
@@ -38,6 +39,11 @@ class Training:
     stop:bool=False                                # a hook sets it
 
     def __post_init__(self):
+        self.schedule, steps = self.recipe, self.recipe.steps
+        if steps:   # as epochs of these data, of which the last may be a part
+            epochs = steps/steps_of(len(self.data.train), self.recipe.batch_size)
+            self.schedule = replace(self.recipe, epochs=epochs)
+            self.recipe = replace(self.recipe, epochs=math.ceil(epochs))
         self.optimizer = optimizer_of(self.learner, self.recipe)
         self.stepper = stepper(self.learner, self.optimizer, self.recipe)
 
@@ -68,14 +74,15 @@ class Training:
 
     def _set_rates(self, epoch:int, part:float=0.):
         for group in self.optimizer.param_groups:
-            group['lr'] = lr_at(self.recipe, epoch, part, group['top'])
+            group['lr'] = lr_at(self.schedule, epoch, part, group['top'])
 
     def _epoch(self, feed:Feed, epoch:int) -> float: # mean loss
         losses, before = [], [p.detach().clone() for p in self.learner.parameters()]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed(self.seed, epoch, 1))
             self._set_rates(epoch)
-            for step, batch in enumerate(feed.epoch(epoch)):
+            left = round((self.schedule.epochs-epoch+1)*feed.steps)
+            for step, batch in enumerate(islice(feed.epoch(epoch), left)):
                 if self.recipe.per == 'step': self._set_rates(epoch, step/feed.steps)
                 losses.append(self.learner.training_step(batch, self.stepper))
                 self._tell('after_step', step+1)

@@ -1,5 +1,6 @@
 """What feeds and steers training: workers, recipes, hooks, selection, features by picture."""
 import copy
+import math
 import multiprocessing
 import pickle
 from dataclasses import asdict, replace
@@ -412,3 +413,31 @@ def test_any_data_set_of_images_and_labels(clip, few):
     for call in (fit, evaluate):
         with pytest.raises(ValueError) as e: call(learner, Pairs())
         one_line(e, 'Pairs', 'classnames=[...]')
+
+
+# ---- counted steps -------------------------------------------------------------------------------
+
+class Steps(Hook):
+    "The rate of each step"
+    def __init__(self): self.rates = []
+    def after_step(self, run, step): self.rates.append(run.optimizer.param_groups[0]['lr'])
+
+@pytest.mark.parametrize('steps', [1, 3, 6, 7])
+def test_a_recipe_may_count_steps(clip, few, steps):
+    "As many as were asked for, and the cosine ends with them; 12 pictures are 3 steps of 4"
+    recipe = Recipe(lr=.05, steps=steps, batch_size=4, per='step', warmup_epochs=0, final_lr=1e-3)
+    hook = Steps()
+    report, _ = trained(clip, few, recipe, hooks=[hook])
+    want = [1e-3 + .5*(.05-1e-3)*(1+math.cos(math.pi*i/steps)) for i in range(steps)]
+    assert hook.rates == pytest.approx(want, rel=1e-9)
+    assert len(report.losses) == -(-steps//3) and report.recipe == recipe
+    assert all(math.isfinite(loss) for loss in report.losses)
+
+
+def test_steps_that_fill_epochs_are_these_epochs(clip, few):
+    recipe = Recipe(lr=.05, steps=6, batch_size=4, per='step')
+    epochs = replace(recipe, steps=None, epochs=2)
+    assert same(trained(clip, few, recipe), trained(clip, few, epochs))
+    for wrong in (dict(steps=0), dict(final_lr=-1)):
+        with pytest.raises(ValueError) as e: Recipe(**wrong)
+        one_line(e, 'must be at least')

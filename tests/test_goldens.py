@@ -7,9 +7,11 @@ listing the folder and dispatched on `method` and `hparams`, never on file names
 """
 import json
 import os
+import re
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from clipprompt.check import Golden
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
 from clipprompt.deep import IVLP, VPT, MaPLe
+from clipprompt.inside import MMA, MMRL, ClipLoRA
 from clipprompt.metaprompt import MetaPrompt
 from clipprompt.mudpt import MuDPT
 from clipprompt.prompts import place
@@ -76,6 +79,74 @@ WHERE |= {
         (MetaPrompt, {'ctx_text': ('ctx.tokens', ...), 'ctx_visual': ('visual_ctx.tokens', ...)})
     for setting in ('base-to-new', 'domain generalisation')
 }
+# ---- inside (CLIP-LoRA, MMA, MMRL) ---------------------------------------------------------------
+
+_MAPS = [f'{m}.{w}' for m in ('down', 'up') for w in ('weight', 'bias')]
+INSIDE = {
+    'CLIP-LoRA': (ClipLoRA, {f'{tower}.{place}.{m}': (f'{tower}_lora.{place}.{m}', ...)
+                             for tower in ('text', 'vision') for place in 'qkvo' for m in 'AB'}),
+    'MMA': (MMA, {f'{tower}.{m}': (f'{tower}_adapter.{m}', ...)
+                  for tower in ('text', 'vision') for m in _MAPS} |
+                 {n: (n, ...) for n in ('shared.weight', 'shared.bias')}),
+    'MMRL': (MMRL, {n: (n, ...) for n in ('rep_tokens', 'r2v.weight', 'r2v.bias', 'r2t.weight',
+                                          'r2t.bias', 'proj_rep')}),
+}
+WHERE |= INSIDE
+
+def inside_hparams(J):
+    "The recorded hyper-parameters as our learners take them"
+    h = dict(J['hparams'])
+    if J['method'] == 'CLIP-LoRA':
+        h['templates'], h['dropout'] = h.pop('template'), 0.   # training was recorded without
+        h.pop('b_start', None)
+        listed = [h.pop(k) for k in ('layers', 'blocks', 'indices') if k in h]
+        if listed: h['position'] = listed[0]
+        named = isinstance(h['position'], str) and re.findall(r'\d+', h['position'])
+        if named and h['position'] != 'top3': h['position'] = [int(i) for i in named]
+    if J['method'] == 'MMA': h['templates'] = h.pop('prompt') + ' {}.'
+    if J['method'] == 'MMRL': h['templates'] = (h.pop('dataset'), J['templates'])[1]
+    return h
+
+def inside_start(g, learner, where):
+    "Both towers on this path; ids of the sentences; CLIP-LoRA with the recorded masks"
+    learner.vision.plain, learner.vision.checkpoint = learner.text.plain, learner.text.checkpoint
+    if not isinstance(learner, ClipLoRA): return {}
+    assert torch.equal(learner.sentences.ids, g.tensors['tokens.fixed_text_ids'].long())
+    hparams = learner.hparams | dict(dropout=g.json['hparams']['dropout'])
+    other = ClipLoRA(g.backbone, g.json['classnames'], **hparams)
+    other.text, other.vision = learner.text, learner.vision
+    params = g.start(other, where)
+    for tower, lora in (('text', other.text_lora), ('vision', other.vision_lora)):
+        if lora is None: continue
+        shape = g.json['mask_shapes'][tower]
+        bits = np.unpackbits(g.tensors[f'batch.keep_{tower}'].numpy())[:np.prod(shape)]
+        masks = torch.from_numpy(bits).reshape(shape)          # [J*places, L, N, D]
+        def kept(place, j, draw, x, masks=masks, places=lora.params):
+            mask = masks[j*len(places)+places.index(place)]
+            return mask[:x.shape[1]].transpose(0, 1)
+        lora.kept = kept
+    images, labels = g.batch(0)
+    errors = g.error('dropout.logits_0', other.train()(images))
+    loss = other.loss(images, labels)
+    errors |= g.error('dropout.loss_0', loss)
+    grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()))))
+    for name, (ours, at) in where.items():
+        errors |= g.error(f'dropout.grad.{name}', grads[ours][at])
+    return errors
+
+@torch.no_grad()
+def inside_end(g, learner):
+    "The parts of what MMRL's trained heads say"
+    if not isinstance(learner, MMRL): return {}
+    images, t = g.tensors['eval.images'].to(g.dtype), learner.text_features()
+    f, h = learner.heads(images)
+    errors = g.error('eval_logits_main', learner.logits(f, t))
+    errors |= g.error('eval_logits_rep', learner.logits(h, t))
+    frozen = learner.frozen_text(learner.texts)
+    return errors | g.error('frozen_text', frozen)
+
+# ---- end of inside -------------------------------------------------------------------------------
+
 MODES = ('restore', 'clean')   # of MetaPrompt, recorded beside the reference's own
 
 class Literal(MetaPrompt):
@@ -110,6 +181,7 @@ def learner_of(g):
     if cls is MetaPrompt:
         cls, hparams = Literal, {k: v for k, v in hparams.items() if k != 'dataset'}
         hparams['split'] = 'class' if 'base-to-new' in g.json['method'] else 'domain'
+    if g.json['method'] in INSIDE: hparams = inside_hparams(g.json)
     if issubclass(cls, Variational): hparams['samples'] = hparams.pop('L')
     # a case without words starts from random vectors
     if 'ctx_init' in signature(cls).parameters: hparams.setdefault('ctx_init', None)
@@ -126,7 +198,8 @@ def all_within(g, errors, dtype):
         'loss_trace': 'loss'
     }
     for k, e in errors.items():
-        kind = k.removeprefix('restore.').removeprefix('clean.').split('.')[0]
+        kind = k.split('.')[0]
+        if kind in ('restore', 'clean', 'dropout'): kind = k.split('.')[1]
         limit = tolerance[kinds.get(kind, 'logits')]
         assert e <= limit, f'{k}: error {e:.1e} > {limit:.1e}'
 
@@ -139,6 +212,7 @@ def injected(g):
         if isinstance(learner, Variational):
             if step is None: learner.eps = g.tensors['eval.eps'][:, :, 0].transpose(0, 1)
             else: learner.eps = g.tensors['batch.eps'][step]
+        if isinstance(learner, MMA): learner.boost = 1/learner.hparams['scale']
         if 'class_groups' in g.json and step is not None:
             learner.groups = [torch.tensor(group) for group in g.json['class_groups'][step]]
     return inject
@@ -198,7 +272,9 @@ def test_golden(case, dtype, path):
             ours = place(g.backbone, J['classnames'], ours.slots.shape[1], words=words)
         assert torch.equal(ours.ids, g.tensors['tokens.prompt_ids'].long())
     errors = at_the_start(g, learner, where) | other_modes(g, learner, where)
+    if g.json['method'] in INSIDE: errors |= inside_start(g, learner, where)
     errors |= g.replay(learner, where, injected(g))
+    errors |= inside_end(g, learner)
     all_within(g, errors, dtype)
     left = {k.removeprefix('expect.') for k in g.tensors if k.startswith('expect.')} - set(errors)
     assert not left, f'recorded values that no test looked at: {sorted(left)}'
