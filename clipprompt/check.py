@@ -737,16 +737,23 @@ def _by_steps(t):
         t.train(learner, 10, t.cls.recipe().lr*share)
         yield before, score(learner)
 
+class _Plain(_Drawn):
+    "Pictures of one colour: a crop of one, or its mirror image, is the picture itself"
+    def __call__(self, path:str) -> Image.Image:
+        colour = np.random.default_rng(int(path)).integers(0, 256, 3)
+        return Image.new('RGB', (16, 16), tuple(colour.tolist()))
+
 @torch.no_grad()
 def _by_data(t):
-    "The same before and after `prepare`, on its data"
-    pictures = t.data.pictures('train', test_transform(t.clip32))
+    "The same before and after `prepare`, on its data, which augmentation does not change"
+    data = replace(t.data, source=_Plain())
+    pictures = data.pictures('train', test_transform(t.clip32))
     images, labels = torch.stack([pictures[i][0] for i in range(len(pictures))]), pictures.labels
     learner = t.make(clip=t.clip32)
     def score(): return (learner.loss(images, labels).item(),
                          F.cross_entropy(learner(images), labels).item())
     before = score()
-    learner.prepare(t.data)
+    learner.prepare(data)
     return before, score()
 
 # %% ../nbs/08_check.ipynb #08-046b

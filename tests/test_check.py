@@ -49,6 +49,9 @@ VARIANTS = dict(
     VariationalCoCoOp=[dict(n_ctx=6, samples=2)],
     ProVP=[dict(n_visual=3, alpha=.5)],
     ProVPRef=[dict(n_visual=3, weight=.1)])
+VARIANTS |= dict(   # clipprompt.adapters
+    ClipAdapter=[dict(ratio=.6, reduction=2)], TaskRes=[dict(scale=1.)],
+    TipAdapter=[dict(alpha=3., beta=5., key_views=1)], LPPlusPlus=[dict(reset=True, steps=50)])
 
 
 @pytest.mark.parametrize('name,hparams', [

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from clipprompt.adapters import (ClipAdapter, LPPlusPlus, TaskRes, TipAdapter, TipAdapterF,
+                                 best_mix, cache_keys, grid, step_sizes)
 from clipprompt.check import Golden
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
@@ -303,10 +305,155 @@ def test_golden_zero_shot(case, dtype):
     assert {f'expect.{k}' for k in errors} == {k for k in g.tensors if k.startswith('expect.')}
 
 
+# ---- clipprompt.adapters: frozen features, other optimisers --------------------------------------
+
+class TaskResLiteral(TaskRes):
+    "The reference leaves underscores in the class names"
+    def __init__(self, backbone, classnames, **hparams):
+        super().__init__(backbone, classnames, **hparams)
+        self.given = list(classnames)
+
+    @property
+    def base(self):
+        texts = [t.replace('{}', c) for t in self.templates for c in self.given]
+        t = self.frozen_text(texts, raw=True)
+        return t.view(len(self.templates), len(self.given), -1).mean(0)
+
+
+def with_its_optimiser(g, learner, where):
+    "Errors of the first batch, of each step with the recorded optimiser, and of evaluation"
+    params, J = g.start(learner, where), g.json
+    x, y = g.batch(0)
+    loss = learner.loss(x, y)
+    grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()))))
+    errors = g.error('logits_0', learner(x)) | g.error('loss_0', loss)
+    for name, (ours, at) in where.items(): errors |= g.error(f'grad.{name}', grads[ours][at])
+    said = J['optimizer']
+    kinds = dict(SGD=torch.optim.SGD, Adam=torch.optim.Adam, AdamW=torch.optim.AdamW)
+    takes = signature(kinds[said['name']]).parameters
+    how = {k: v for k, v in said.items() if k in takes}
+    opt = kinds[said['name']](params.values(), lr=said['base_lr'], **how)
+    losses, trace = [], {name: [] for name in where}
+    for step, lr in enumerate(J['lr_per_step']):
+        opt.param_groups[0]['lr'] = lr
+        losses.append(learner.training_step(g.batch(step), opt))
+        for name, (ours, at) in where.items(): trace[name].append(params[ours][at].detach().clone())
+    errors |= g.error('loss_trace', torch.stack(losses))
+    for name, values in trace.items():
+        errors |= g.error(f'param_after.{name}', values[-1])
+        errors |= g.error(f'param_trace.{name}', torch.stack(values))
+    with torch.no_grad():
+        images = g.tensors['eval.images'].to(g.dtype)
+        errors |= g.error('eval_logits', learner.eval()(images))
+        if 'expect.new_class_logits' in g.tensors:
+            other = learner.for_classes(J['new_classnames'])
+            errors |= g.error('new_class_logits', other(images))
+    return errors
+
+def clip_adapter_errors(g, plain):
+    J = g.json
+    own = {k: J['hparams'][k] for k in ('ratio', 'reduction')}
+    learner = ClipAdapter(g.backbone, J['classnames'], templates=J['templates'], **own)
+    learner.text.plain = plain
+    where = {n: (n, ...) for n in ('down.weight', 'up.weight')}
+    errors = g.error('frozen_text', learner.text_features().to(g.dtype))
+    return errors | with_its_optimiser(g, learner, where), learner
+
+def taskres_errors(g, plain):
+    J = g.json
+    learner = TaskResLiteral(g.backbone, J['classnames'], scale=J['hparams']['scale'],
+                             templates=J['templates'])
+    learner.text.plain = plain
+    errors = g.error('base_text', learner.base)
+    return errors | with_its_optimiser(g, learner, {'residual': ('residual', ...)}), learner
+
+def tip_adapter_errors(g, plain):
+    J, T, h = g.json, g.tensors, g.json['hparams']
+    labels = T['cache.labels'].long()
+    order = labels.argsort(stable=True)   # ours keeps the keys of a class together
+    counts = labels.bincount(minlength=len(J['classnames'])).tolist()
+    both = dict(templates=h['templates'], counts=counts, alpha=h['alpha'], beta=h['beta'])
+    free, learner = (cls(g.backbone, J['classnames'], **both).to(g.dtype)
+                     for cls in (TipAdapter, TipAdapterF))
+    free.text.plain = learner.text.plain = plain
+    A, N = T['cache.images'].shape[:2]
+    with torch.no_grad():
+        views = free.frozen_image(T['cache.images'].to(g.dtype).flatten(0, 1), raw=True)
+        keys = cache_keys(views.view(A, N, -1))
+        free.keys.copy_(keys[order])
+        images = T['eval.images'].to(g.dtype)
+        z = free.frozen_image(T['val.images'].to(g.dtype))
+        errors = g.error('frozen_text', free.text_features()) | g.error('cache_keys', keys)
+        errors |= g.error('training_free_eval_logits', free(images))
+        errors |= g.error('val_features', z) | g.error('val_logits', free(z))
+        zero = super(TipAdapter, free).logits(free.frozen_image(images))
+        errors |= g.error('zero_shot_eval_logits', zero)
+        (beta_scale, alpha_scale), steps = h['search_scale'], h['search_step']
+        found = best_mix(super(TipAdapter, free).logits(z), z @ free.keys.T, free.values,
+                         T['val.labels'].long(), grid(beta_scale, steps[0]),
+                         grid(alpha_scale, steps[1]))
+        errors |= g.error('search', torch.tensor(found[:2], dtype=torch.float64))
+        free.hparams |= dict(beta=found[0], alpha=found[1])
+        errors |= g.error('searched_eval_logits', free(images))
+    place = order.argsort()               # of each recorded key among ours
+    errors |= with_its_optimiser(g, learner, {'keys': ('keys', place)})
+    return errors, learner
+
+def lp_plus_plus_errors(g, plain):
+    J, T, h = g.json, g.tensors, g.json['hparams']
+    learner = LPPlusPlus(g.backbone, J['classnames'], templates=h['templates'], steps=h['epochs'])
+    learner = learner.to(g.dtype)
+    learner.text.plain = plain
+    x, y = g.batch(0)
+    f, W = learner.frozen_image(x), learner.text_features()
+    lr_w, lr_alpha = (torch.tensor(r, dtype=torch.float64) for r in step_sizes(f, W))
+    errors = g.error('frozen_text', W) | g.error('lr_w', lr_w) | g.error('lr_alpha', lr_alpha)
+    learner.start(f, y)
+    errors |= g.error('init_alpha', learner.alpha[0])
+    # the rule of the start is recorded, too
+    for name in ('weight', 'alpha') if 'perturbed' not in ' '.join(J['notes']) else ():
+        ours, theirs = getattr(learner, name), T[f'init.{name}'].to(g.dtype)
+        torch.testing.assert_close(ours, theirs.view_as(ours), rtol=1e-5, atol=1e-6)
+    g.start(learner, dict(weight=('weight', ...), bias=('bias', ...), alpha=('alpha', None)))
+    loss = learner.loss(x, y)
+    at = dict(weight=learner.weight, bias=learner.bias, alpha=learner.alpha)
+    for name, grad in zip(at, torch.autograd.grad(loss, list(at.values()))):
+        errors |= g.error(f'grad.{name}', grad[None] if name == 'alpha' else grad)
+    errors |= g.error('logits_0', learner(x)) | g.error('loss_0', loss)
+    errors |= g.error('loss_trace', torch.tensor(learner.descend(f, y), dtype=torch.float64))
+    for name, p in at.items():
+        errors |= g.error(f'param_after.{name}', p[None] if name == 'alpha' else p)
+    with torch.no_grad():
+        return errors | g.error('eval_logits', learner(T['eval.images'].to(g.dtype))), learner
+
+ADAPTERS = {
+    'CLIP-Adapter': clip_adapter_errors, 'TaskRes': taskres_errors, 'LP++': lp_plus_plus_errors,
+    'Tip-Adapter / Tip-Adapter-F': tip_adapter_errors
+}
+
+@pytest.mark.parametrize(
+    'dtype,path',
+    [(torch.float64, 'fast'), (torch.float64, 'plain'), (torch.float32, 'fast')],
+    ids=['float64-fast', 'float64-plain', 'float32-fast'])
+@pytest.mark.parametrize('case', [c for c in CASES if method_of(c) in ADAPTERS])
+def test_golden_adapters(case, dtype, path):
+    g = Golden(FOLDER/case, dtype)
+    errors, learner = ADAPTERS[g.json['method']](g, path == 'plain')
+    assert sum(p.numel() for p in learner.parameters()) == g.json['n_trainable']
+    print({k: f'{e:.0e}' for k, e in errors.items()})
+    all_within(g, errors, dtype)
+    left = {k.removeprefix('expect.') for k in g.tensors if k.startswith('expect.')} - set(errors)
+    assert not left, f'recorded values that no test looked at: {sorted(left)}'
+    if 'expect.new_class_logits' not in g.tensors:
+        with pytest.raises(ValueError, match='cannot be used for other names'):
+            learner.for_classes(['cat', 'dog'])
+
+
 def test_there_are_goldens():
     assert CASES, f'no golden cases in {FOLDER}'
-    assert {method_of(c)
-            for c in CASES} <= set(WHERE) | {'zero-shot CLIP'} or 'CLIPPROMPT_GOLDENS' in os.environ
+    known = set(WHERE) | {'zero-shot CLIP'}
+    known |= set(ADAPTERS)
+    assert {method_of(c) for c in CASES} <= known or 'CLIPPROMPT_GOLDENS' in os.environ
 
 
 # ---- invariants where nobody recorded anything ---------------------------------------------------
