@@ -9,17 +9,19 @@ import json
 import os
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from clipprompt.anchored import Anchored, Aligned, KgCoOp, ProGrad, PromptSRC, aligned
 from clipprompt.check import Golden
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
 from clipprompt.deep import IVLP, VPT, MaPLe
 from clipprompt.metaprompt import MetaPrompt
 from clipprompt.mudpt import MuDPT
-from clipprompt.prompts import place
+from clipprompt.prompts import AUTO, place
 from clipprompt.provp import ProVP, ProVPRef, provp_template
 from clipprompt.variational import Variational, VariationalCoCoOp, VariationalCoOp
 from clipprompt.zeroshot import ZeroShot
@@ -76,6 +78,60 @@ WHERE |= {
         (MetaPrompt, {'ctx_text': ('ctx.tokens', ...), 'ctx_visual': ('visual_ctx.tokens', ...)})
     for setting in ('base-to-new', 'domain generalisation')
 }
+# clipprompt.anchored
+WHERE |= {
+    'KgCoOp': (KgCoOp, {'ctx': TEXT['ctx']}), 'ProGrad': (ProGrad, {'ctx': TEXT['ctx']}),
+    'PromptSRC': (PromptSRC, WHERE['IVLP (independent prompts)'][1])
+}
+
+def anchored_hparams(J):
+    "Names and sentences as our classes take them"
+    hparams = {k: v for k, v in J['hparams'].items() if k != 'dataset'}
+    if 'lambda' in hparams: hparams['weight'] = hparams.pop('lambda')
+    words = hparams.get('ctx_init')
+    if isinstance(words, bool): hparams['ctx_init'] = AUTO if words else None
+    return hparams | dict(templates=J['templates'])
+
+@torch.no_grad()
+def zero_shot_errors(g, learner, images):
+    "Of frozen class features, and of zero-shot's logits where they were recorded"
+    zero = g.backbone.logit_scale*learner.frozen_image(images) @ learner.anchors().T
+    return g.error('frozen_text', learner.anchors()) | g.error('frozen_logits_0', zero)
+
+def gradient_errors(g, learner, step, seen):
+    "Of ProGrad's two gradients and what it makes of them; `seen` collects the cosines"
+    (xe, kl), = learner.gradients(learner.loss_terms(*g.batch(step, learner)))
+    seen[step] = torch.nn.functional.cosine_similarity(xe.flatten(), kl.flatten(), dim=0)
+    if step: return {}
+    applied = aligned(xe, kl, learner.hparams['weight'])
+    parts = {'grad_xe.ctx': xe, 'grad_kl.ctx': kl, 'grad.ctx': applied}
+    return {k: e for name, d in parts.items() for k, e in g.error(name, d[0]).items()}
+
+def average_errors(g, learner, where, hook):
+    "Of the last prompts' logits and of the average, which the learner then holds"
+    images = g.tensors['eval.images'].to(g.dtype)
+    with torch.no_grad(): errors = g.error('eval_logits_last', learner(images))
+    hook.finish(SimpleNamespace(learner=learner))
+    params, epochs = dict(learner.named_parameters()), g.json['steps']
+    for name, (ours, at) in where.items(): errors |= g.error(f'gpa.{name}', params[ours][at])
+    weights = torch.tensor([hook.weight(e+1, epochs) for e in range(epochs)], dtype=torch.float64)
+    return errors | g.error('gpa_weights', weights/weights.sum())
+
+def anchored_replay(g, learner, where):
+    "Errors of a replay, and of what these methods recorded beside it; a step is an epoch"
+    errors, cosines, hooks, epochs = {}, {}, learner.hooks(), g.json['steps']
+    run, left = SimpleNamespace(learner=learner, recipe=SimpleNamespace(epochs=epochs)), [*hooks]
+    def inject(learner, step):
+        if isinstance(learner, Aligned) and step is not None:
+            errors.update(gradient_errors(g, learner, step, cosines))
+        if step != 0:
+            for hook in left: hook.after_epoch(run, epochs if step is None else step)
+        if step is None and left: errors.update(average_errors(g, learner, where, left.pop()))
+    replayed = g.replay(learner, where, inject)
+    if cosines: errors |= g.error('cosines', torch.stack([cosines[s] for s in sorted(cosines)]))
+    return replayed | errors
+# end of clipprompt.anchored
+
 MODES = ('restore', 'clean')   # of MetaPrompt, recorded beside the reference's own
 
 class Literal(MetaPrompt):
@@ -111,6 +167,7 @@ def learner_of(g):
         cls, hparams = Literal, {k: v for k, v in hparams.items() if k != 'dataset'}
         hparams['split'] = 'class' if 'base-to-new' in g.json['method'] else 'domain'
     if issubclass(cls, Variational): hparams['samples'] = hparams.pop('L')
+    if issubclass(cls, Anchored): hparams = anchored_hparams(g.json)
     # a case without words starts from random vectors
     if 'ctx_init' in signature(cls).parameters: hparams.setdefault('ctx_init', None)
     assert init <= set(where), f'recorded parameters that are not tested: {init-set(where)}'
@@ -123,7 +180,7 @@ def all_within(g, errors, dtype):
     kinds = {
         'grad': 'grad', 'grad_sample': 'grad', 'param_after': 'param',
         'param_after_sample': 'param', 'param_trace': 'param', 'loss_0': 'loss',
-        'loss_trace': 'loss'
+        'loss_trace': 'loss', 'grad_xe': 'grad', 'grad_kl': 'grad', 'gpa': 'param'
     }
     for k, e in errors.items():
         kind = k.removeprefix('restore.').removeprefix('clean.').split('.')[0]
@@ -151,6 +208,7 @@ def at_the_start(g, learner, where):
     injected(g)(learner, 0)
     x = g.batch(0)[0]
     z = learner.frozen_image(x)
+    if isinstance(learner, Anchored): return zero_shot_errors(g, learner, x)
     if isinstance(learner, Variational):
         mu, logvar = learner.posterior(z)
         errors = g.error('mu_0', mu) | g.error('logvar_0', logvar)
@@ -198,7 +256,8 @@ def test_golden(case, dtype, path):
             ours = place(g.backbone, J['classnames'], ours.slots.shape[1], words=words)
         assert torch.equal(ours.ids, g.tensors['tokens.prompt_ids'].long())
     errors = at_the_start(g, learner, where) | other_modes(g, learner, where)
-    errors |= g.replay(learner, where, injected(g))
+    if isinstance(learner, Anchored): errors |= anchored_replay(g, learner, where)
+    else: errors |= g.replay(learner, where, injected(g))
     all_within(g, errors, dtype)
     left = {k.removeprefix('expect.') for k in g.tensors if k.startswith('expect.')} - set(errors)
     assert not left, f'recorded values that no test looked at: {sorted(left)}'
