@@ -710,17 +710,15 @@ def _training_step(t):
 
 # %% ../nbs/08_check.ipynb #08-046
 def _learns(t):
-    """Ten steps (or `prepare`) on one batch lower the loss, and the cross-entropy of the predictions
-
-    weighted parts of a loss may outweigh it; then it falls where they are left out
-    """
+    "Ten steps (or `prepare`) on one batch lower the loss, and the cross-entropy of the predictions"
     if not list(t.make().parameters()): raise _Skip('it has no parameters')
     if not t.steps and not t.prepares: raise _Skip('nothing trains it: no epochs, no `prepare`')
     seen = _by_steps(t) if t.steps else [_by_data(t)]
     for before, after in seen:
         if all(a < b for b, a in zip(before, after)): return
     (loss, ce), (loss_after, ce_after) = before, after
-    if loss_after < loss and t.make().loss_weights:
+    # Parts of the loss with a weight may outweigh it; then it must fall where they are left out
+    if t.steps and loss_after < loss and t.make().loss_weights:
         if any(b[1] < a[1] for a, b in _by_steps(t, _unweighted)): return
     _must(False, f'loss {loss:.4g} -> {loss_after:.4g}, cross-entropy {ce:.4g} -> {ce_after:.4g}',
           'look at the sign of the loss and at which logits it uses')

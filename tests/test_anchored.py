@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from clipprompt.anchored import (
     PHOTO_TEMPLATES, Aligned, Consistent, Guided, KgCoOp, ProGrad, PromptSRC, aligned,
     kgcoop_template)
-from clipprompt.check import check_learner
+from clipprompt.check import ContractError, check_learner
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
 from clipprompt.data import PICTOGRAM_TEMPLATES
@@ -358,6 +358,19 @@ def test_around_another_learner(cls, clip):
 @pytest.mark.parametrize('cls', OFF)
 def test_compositions_keep_the_contract(cls):
     assert (check_learner(cls).result == 'passed').all()
+
+
+class Uphill(PromptSRC):
+    "Its anchors are stronger than its mistake, so the whole loss falls"
+    method = 'uphill'
+    def loss_terms(self, *batch):
+        terms = super().loss_terms(*batch)
+        return terms | dict(ce=-terms['ce'])
+
+def test_an_anchor_hides_no_wrong_sign():
+    "What outweighs the cross-entropy is left out to see whether that falls"
+    with pytest.raises(ContractError) as e: check_learner(Uphill)
+    assert e.value.check == 'learns'
 
 
 def test_bad_input(clip):
