@@ -724,15 +724,24 @@ def _learns(t):
     for before, after in seen:
         if all(a < b for b, a in zip(before, after)): return
     (loss, ce), (loss_after, ce_after) = before, after
+    # Parts of the loss with a weight may outweigh it; then it must fall where they are left out
+    if t.steps and loss_after < loss and t.make().loss_weights:
+        if any(b[1] < a[1] for a, b in _by_steps(t, _unweighted)): return
     _must(False, f'loss {loss:.4g} -> {loss_after:.4g}, cross-entropy {ce:.4g} -> {ce_after:.4g}',
           'look at the sign of the loss and at which logits it uses')
 
-def _by_steps(t):
+def _unweighted(learner):
+    "The same learner without the parts of its loss that it weighs"
+    cls, parts = type(learner), dict.fromkeys(learner.loss_weights, 0.)
+    learner.__class__ = type(cls.__name__, (cls,), dict(loss_weights=parts))
+
+def _by_steps(t, change=lambda learner: None):
     "Loss and cross-entropy before and after ten steps, for three rates"
     def score(learner):
         return t.loss(learner).item(), F.cross_entropy(t.logits(learner), t.labels).item()
     for share in (1, .1, .01):
         learner = t.ready()
+        change(learner)
         before = score(learner)
         t.train(learner, 10, t.cls.recipe().lr*share)
         yield before, score(learner)

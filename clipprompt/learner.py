@@ -241,6 +241,10 @@ class _Trainable(Classifier):
         Templates, splits, a closed-form solution; `fit` calls it. What the user gave holds.
         """
 
+    def hooks(self) -> list: # of `Hook`s, new ones in each call
+        "What the method does around the steps, such as an average over epochs; `fit` adds it"
+        return []
+
     def training_step(self, batch:tuple[Tensor, ...], optimizer) -> Tensor: # scalar
         "One update on (images, labels); returns the loss before it, without waiting for a GPU"
         loss = self.loss(*batch)

@@ -141,7 +141,7 @@ def fit(
     # a folder for TensorBoard, or any object with add_scalar(tag, value, step): gets loss, learning
     # rate and, where the recipe selects, the accuracy of each epoch
     tracker=None,
-    hooks:list[Hook]=(),     # more of them
+    hooks:list[Hook]=(),     # more of them, behind the learner's own
     workers:int|None=None,   # processes that read pictures; None: none on a CPU, up to 8 for a GPU
     classnames:list[str]|None=None, # of a data set that does not know them
 ) -> Fit:
@@ -158,7 +158,8 @@ def fit(
     learner.to(learner.backbone.device).train()
     learner.prepare(data)
     select, losses = Select(), []
-    hooks = [*hooks, select, Track(tracker), Progress(progress), Checkpoint(checkpoint)]
+    usual = [select, Track(tracker), Progress(progress), Checkpoint(checkpoint)]
+    hooks = [*learner.hooks(), *hooks, *usual]
     if recipe.epochs and list(learner.parameters()):
         losses = Training(learner, data, recipe, seed, hooks, workers).go()
     learner.eval()

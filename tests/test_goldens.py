@@ -10,6 +10,7 @@ import os
 import re
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 from clipprompt.adapters import (ClipAdapter, LPPlusPlus, TaskRes, TipAdapter, TipAdapterF,
                                  best_mix, cache_keys, grid, step_sizes)
+from clipprompt.anchored import Anchored, Aligned, KgCoOp, ProGrad, PromptSRC, aligned
 from clipprompt.check import Golden
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
@@ -24,7 +26,7 @@ from clipprompt.deep import IVLP, VPT, MaPLe
 from clipprompt.inside import MMA, MMRL, ClipLoRA
 from clipprompt.metaprompt import MetaPrompt
 from clipprompt.mudpt import MuDPT
-from clipprompt.prompts import place
+from clipprompt.prompts import AUTO, place
 from clipprompt.provp import ProVP, ProVPRef, provp_template
 from clipprompt.variational import Variational, VariationalCoCoOp, VariationalCoOp
 from clipprompt.zeroshot import ZeroShot
@@ -148,6 +150,59 @@ def inside_end(g, learner):
     return errors | g.error('frozen_text', frozen)
 
 # ---- end of inside -------------------------------------------------------------------------------
+# clipprompt.anchored
+WHERE |= {
+    'KgCoOp': (KgCoOp, {'ctx': TEXT['ctx']}), 'ProGrad': (ProGrad, {'ctx': TEXT['ctx']}),
+    'PromptSRC': (PromptSRC, WHERE['IVLP (independent prompts)'][1])
+}
+
+def anchored_hparams(J):
+    "Names and sentences as our classes take them"
+    hparams = {k: v for k, v in J['hparams'].items() if k != 'dataset'}
+    if 'lambda' in hparams: hparams['weight'] = hparams.pop('lambda')
+    words = hparams.get('ctx_init')
+    if isinstance(words, bool): hparams['ctx_init'] = AUTO if words else None
+    return hparams | dict(templates=J['templates'])
+
+@torch.no_grad()
+def zero_shot_errors(g, learner, images):
+    "Of frozen class features, and of zero-shot's logits where they were recorded"
+    zero = g.backbone.logit_scale*learner.frozen_image(images) @ learner.anchors().T
+    return g.error('frozen_text', learner.anchors()) | g.error('frozen_logits_0', zero)
+
+def gradient_errors(g, learner, step, seen):
+    "Of ProGrad's two gradients and what it makes of them; `seen` collects the cosines"
+    (xe, kl), = learner.gradients(learner.loss_terms(*g.batch(step, learner)))
+    seen[step] = torch.nn.functional.cosine_similarity(xe.flatten(), kl.flatten(), dim=0)
+    if step: return {}
+    applied = aligned(xe, kl, learner.hparams['weight'])
+    parts = {'grad_xe.ctx': xe, 'grad_kl.ctx': kl, 'grad.ctx': applied}
+    return {k: e for name, d in parts.items() for k, e in g.error(name, d[0]).items()}
+
+def average_errors(g, learner, where, hook):
+    "Of the last prompts' logits and of the average, which the learner then holds"
+    images = g.tensors['eval.images'].to(g.dtype)
+    with torch.no_grad(): errors = g.error('eval_logits_last', learner(images))
+    hook.finish(SimpleNamespace(learner=learner))
+    params, epochs = dict(learner.named_parameters()), g.json['steps']
+    for name, (ours, at) in where.items(): errors |= g.error(f'gpa.{name}', params[ours][at])
+    weights = torch.tensor([hook.weight(e+1, epochs) for e in range(epochs)], dtype=torch.float64)
+    return errors | g.error('gpa_weights', weights/weights.sum())
+
+def anchored_replay(g, learner, where):
+    "Errors of a replay, and of what these methods recorded beside it; a step is an epoch"
+    errors, cosines, hooks, epochs = {}, {}, learner.hooks(), g.json['steps']
+    run, left = SimpleNamespace(learner=learner, recipe=SimpleNamespace(epochs=epochs)), [*hooks]
+    def inject(learner, step):
+        if isinstance(learner, Aligned) and step is not None:
+            errors.update(gradient_errors(g, learner, step, cosines))
+        if step != 0:
+            for hook in left: hook.after_epoch(run, epochs if step is None else step)
+        if step is None and left: errors.update(average_errors(g, learner, where, left.pop()))
+    replayed = g.replay(learner, where, inject)
+    if cosines: errors |= g.error('cosines', torch.stack([cosines[s] for s in sorted(cosines)]))
+    return replayed | errors
+# end of clipprompt.anchored
 
 MODES = ('restore', 'clean')   # of MetaPrompt, recorded beside the reference's own
 
@@ -185,6 +240,7 @@ def learner_of(g):
         hparams['split'] = 'class' if 'base-to-new' in g.json['method'] else 'domain'
     if g.json['method'] in INSIDE: hparams = inside_hparams(g.json)
     if issubclass(cls, Variational): hparams['samples'] = hparams.pop('L')
+    if issubclass(cls, Anchored): hparams = anchored_hparams(g.json)
     # a case without words starts from random vectors
     if 'ctx_init' in signature(cls).parameters: hparams.setdefault('ctx_init', None)
     assert init <= set(where), f'recorded parameters that are not tested: {init-set(where)}'
@@ -197,7 +253,7 @@ def all_within(g, errors, dtype):
     kinds = {
         'grad': 'grad', 'grad_sample': 'grad', 'param_after': 'param',
         'param_after_sample': 'param', 'param_trace': 'param', 'loss_0': 'loss',
-        'loss_trace': 'loss'
+        'loss_trace': 'loss', 'grad_xe': 'grad', 'grad_kl': 'grad', 'gpa': 'param'
     }
     for k, e in errors.items():
         kind = k.split('.')[0]
@@ -227,6 +283,7 @@ def at_the_start(g, learner, where):
     injected(g)(learner, 0)
     x = g.batch(0)[0]
     z = learner.frozen_image(x)
+    if isinstance(learner, Anchored): return zero_shot_errors(g, learner, x)
     if isinstance(learner, Variational):
         mu, logvar = learner.posterior(z)
         errors = g.error('mu_0', mu) | g.error('logvar_0', logvar)
@@ -275,7 +332,8 @@ def test_golden(case, dtype, path):
         assert torch.equal(ours.ids, g.tensors['tokens.prompt_ids'].long())
     errors = at_the_start(g, learner, where) | other_modes(g, learner, where)
     if g.json['method'] in INSIDE: errors |= inside_start(g, learner, where)
-    errors |= g.replay(learner, where, injected(g))
+    if isinstance(learner, Anchored): errors |= anchored_replay(g, learner, where)
+    else: errors |= g.replay(learner, where, injected(g))
     errors |= inside_end(g, learner)
     all_within(g, errors, dtype)
     left = {k.removeprefix('expect.') for k in g.tensors if k.startswith('expect.')} - set(errors)
