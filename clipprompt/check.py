@@ -117,9 +117,7 @@ def _first_batch(golden, learner, params, where) -> dict[str, float]:
 
 # %% ../nbs/08_check.ipynb #08-005d
 def _every_step(golden, learner, params, where, inject) -> dict[str, float]:
-    o = golden.json['optimizer']
-    opt = torch.optim.SGD(params.values(), o['base_lr'], o['momentum'], o['dampening'],
-                          o['weight_decay'], o['nesterov'])
+    opt = _recorded_optimizer(golden.json['optimizer'], params.values())
     losses, terms, trace = [], defaultdict(list), defaultdict(list)
     for step, lr in enumerate(golden.json['lr_per_step']):
         opt.param_groups[0]['lr'] = lr
@@ -136,6 +134,15 @@ def _every_step(golden, learner, params, where, inject) -> dict[str, float]:
         errors |= golden.error(f'param_after.{name}', values[-1])
         errors |= golden.error(f'param_trace.{name}', torch.stack(values))
     return errors
+
+def _recorded_optimizer(o:dict, params) -> torch.optim.Optimizer:
+    how = dict(lr=o['base_lr'], weight_decay=o['weight_decay'])
+    kind = o.get('name', 'SGD')
+    if kind == 'SGD':
+        return torch.optim.SGD(params, momentum=o['momentum'], dampening=o['dampening'],
+                               nesterov=o['nesterov'], **how)
+    adam = dict(Adam=torch.optim.Adam, AdamW=torch.optim.AdamW)[kind]
+    return adam(params, betas=tuple(o['betas']), eps=o['eps'], **how)
 
 # %% ../nbs/08_check.ipynb #08-005f
 @torch.no_grad()
@@ -870,7 +877,7 @@ def _save_and_load(t):
         meta, state = read_prompts(path)
         again = t.cls.load(path, clip).eval()
     stored = sum(v.numel() for v in state.values())
-    trained = sum(p.numel() for p in learner.parameters())
+    trained = sum(v.numel() for v in learner.state_dict().values())  # and running statistics
     _must(stored == trained, f'the file holds {stored} values for {trained} parameters',
           'save what is trained; everything else follows from hparams, class names and CLIP')
     want = dict(method=method, hparams=_as_json(learner.hparams), classnames=learner.classnames,

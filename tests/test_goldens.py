@@ -21,6 +21,7 @@ from clipprompt.metaprompt import MetaPrompt
 from clipprompt.mudpt import MuDPT
 from clipprompt.prompts import place
 from clipprompt.provp import ProVP, ProVPRef, provp_template
+from clipprompt.tcp import TCP
 from clipprompt.variational import Variational, VariationalCoCoOp, VariationalCoOp
 from clipprompt.zeroshot import ZeroShot
 from helpers import one_line, tiny_clip
@@ -76,6 +77,12 @@ WHERE |= {
         (MetaPrompt, {'ctx_text': ('ctx.tokens', ...), 'ctx_visual': ('visual_ctx.tokens', ...)})
     for setting in ('base-to-new', 'domain generalisation')
 }
+# tcp
+WHERE['TCP'] = TCP, {'ctx': TEXT['ctx']} | {
+    f'meta_net.linear{i}.{w}': (f'meta_net.linear{i}.{w}', ...)
+    for i in (1, 2)
+    for w in ('weight', 'bias')
+}
 MODES = ('restore', 'clean')   # of MetaPrompt, recorded beside the reference's own
 
 class Literal(MetaPrompt):
@@ -110,6 +117,9 @@ def learner_of(g):
     if cls is MetaPrompt:
         cls, hparams = Literal, {k: v for k, v in hparams.items() if k != 'dataset'}
         hparams['split'] = 'class' if 'base-to-new' in g.json['method'] else 'domain'
+    if cls is TCP:   # what the optimiser and the sentences took from the reference's settings
+        hparams = {k: v for k, v in hparams.items() if k not in ('eps', 'dataset')}
+        hparams |= dict(templates=g.json['templates'], ctx_init=None)
     if issubclass(cls, Variational): hparams['samples'] = hparams.pop('L')
     # a case without words starts from random vectors
     if 'ctx_init' in signature(cls).parameters: hparams.setdefault('ctx_init', None)
@@ -150,6 +160,10 @@ def at_the_start(g, learner, where):
     g.start(learner, where)
     injected(g)(learner, 0)
     x = g.batch(0)[0]
+    if isinstance(learner, TCP):
+        other = learner.for_classes(g.json['new_classnames'])
+        return g.error('frozen_text', learner.frozen_classes()) | g.error(
+            'new_frozen_text', other.frozen_classes())
     z = learner.frozen_image(x)
     if isinstance(learner, Variational):
         mu, logvar = learner.posterior(z)
