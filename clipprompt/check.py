@@ -390,7 +390,8 @@ def _parameters(t):
     _none(theirs, "{} lies in CLIP's memory", 'start from a copy: .detach().clone()')
     still = [n for n, p in params.items() if not p.requires_grad]
     _none(still, '{} requires no gradient', 'keep what is not trained out of the parameters')
-    extra = [k for k in learner.state_dict() if k not in params]
+    remembers = getattr(learner, 'remembers', ())  # running statistics, as of batch normalisation
+    extra = [k for k in learner.state_dict() if k not in params and k not in remembers]
     _none(extra, 'state_dict also holds {}',
           'keep what follows from class names or CLIP as a plain attribute, '
           'or in a buffer with persistent=False')

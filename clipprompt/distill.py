@@ -89,6 +89,7 @@ class PromptKD(PromptLearner):
     """
     method, learns_image, look = 'promptkd', True, ('#00796b', 'H')
     reads_labels = False
+    remembers = 'proj.running_mean', 'proj.running_var'   # saved beside the parameters
     tries = dict(kd_weight=200.), dict(kd_weight=1000.)
 
     def __init__(self, backbone:Backbone, classnames:list[str],
