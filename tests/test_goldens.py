@@ -153,8 +153,8 @@ def learner_of(g):
         cls, hparams = Literal, {k: v for k, v in hparams.items() if k != 'dataset'}
         hparams['split'] = 'class' if 'base-to-new' in g.json['method'] else 'domain'
     if cls is PromptKD:
-        hparams = {k: v for k, v in hparams.items() if k in ('n_visual', 'depth_vision', 'kd_weight')
-                   } | dict(tau=hparams['T'])
+        taken = 'n_visual', 'depth_vision', 'kd_weight'
+        hparams = {k: hparams[k] for k in taken} | dict(tau=hparams['T'])
     if cls is TCP:   # what the optimiser and the sentences took from the reference's settings
         hparams = {k: v for k, v in hparams.items() if k not in ('eps', 'dataset')}
         hparams |= dict(templates=g.json['templates'], ctx_init=None)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from clipprompt.prompts import place
-from clipprompt.tcp import TCP, Injected, tcp_sentences
+from clipprompt.tcp import TCP, Injected
 from helpers import one_line, tiny_clip
 
 NAMES = ['cat', 'old shopping cart', 'traffic light']
@@ -17,7 +17,8 @@ def grads(learner, plain):
     weights = torch.randn(t.shape, generator=torch.Generator().manual_seed(1), dtype=t.dtype)
     return t, torch.autograd.grad((t*weights).sum(), list(learner.parameters()))
 
-@pytest.mark.parametrize('sentence', [None, 'X X X X {}, a type of pet.', 'X X X X person doing {}'])
+@pytest.mark.parametrize('sentence',
+    [None, 'X X X X {}, a type of pet.', 'X X X X person doing {}'])
 @pytest.mark.parametrize('block', ['first', 'last'])
 @pytest.mark.parametrize('checkpoint', [False, True])
 def test_fast_is_plain(clip, block, sentence, checkpoint):
