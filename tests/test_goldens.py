@@ -247,7 +247,8 @@ def test_golden(case, dtype, path):
     learner.text.plain = path == 'plain'
     learner.text.checkpoint = path == 'checkpoint'
     learner.text.chunk = 2
-    if 'tokens.prompt_ids' in g.tensors and not isinstance(learner, PromptKD):  # the placeholder strings, tokenised as the reference did
+    # the placeholder strings, tokenised as the reference did; a student has none
+    if 'tokens.prompt_ids' in g.tensors and not isinstance(learner, PromptKD):
         ours, J = learner.sentences, g.json
         if J['hparams'].get('position', 'end') != 'end':
             words = J['hparams'].get('ctx_init')
