@@ -390,7 +390,8 @@ def _parameters(t):
     _none(theirs, "{} lies in CLIP's memory", 'start from a copy: .detach().clone()')
     still = [n for n, p in params.items() if not p.requires_grad]
     _none(still, '{} requires no gradient', 'keep what is not trained out of the parameters')
-    extra = [k for k in learner.state_dict() if k not in params]
+    remembers = getattr(learner, 'remembers', ())  # running statistics, as of batch normalisation
+    extra = [k for k in learner.state_dict() if k not in params and k not in remembers]
     _none(extra, 'state_dict also holds {}',
           'keep what follows from class names or CLIP as a plain attribute, '
           'or in a buffer with persistent=False')
@@ -721,8 +722,11 @@ def _learns(t):
     if not list(t.make().parameters()): raise _Skip('it has no parameters')
     if not t.steps and not t.prepares: raise _Skip('nothing trains it: no epochs, no `prepare`')
     seen = _by_steps(t) if t.steps else [_by_data(t)]
+    if not getattr(t.cls, 'reads_labels', True): seen = [(b[:1], a[:1]) for b, a in seen]
     for before, after in seen:
         if all(a < b for b, a in zip(before, after)): return
+    if not getattr(t.cls, 'reads_labels', True):
+        _must(False, f'loss {before[0]:.4g} -> {after[0]:.4g}', 'look at the sign of the loss')
     (loss, ce), (loss_after, ce_after) = before, after
     # Parts of the loss with a weight may outweigh it; then it must fall where they are left out
     if t.steps and loss_after < loss and t.make().loss_weights:
@@ -893,7 +897,7 @@ def _save_and_load(t):
         meta, state = read_prompts(path)
         again = t.cls.load(path, clip).eval()
     stored = sum(v.numel() for v in state.values())
-    trained = sum(p.numel() for p in learner.parameters())
+    trained = sum(v.numel() for v in learner.state_dict().values())  # and running statistics
     _must(stored == trained, f'the file holds {stored} values for {trained} parameters',
           'save what is trained; everything else follows from hparams, class names and CLIP')
     want = dict(method=method, hparams=_as_json(learner.hparams), classnames=learner.classnames,

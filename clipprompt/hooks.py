@@ -55,7 +55,7 @@ class Select(Hook):
         accuracy = evaluate(run.learner, run.data, self.split).accuracy
         run.learner.train()
         if accuracy > max(self.scores, default=-1):
-            self.best = {k: p.detach().clone() for k, p in run.learner.named_parameters()}
+            self.best = {k: p.detach().clone() for k, p in run.learner.state_dict().items()}
         self.scores.append(accuracy)
         run.said[f'{self.split}_accuracy'] = accuracy
         since = len(self.scores)-1 - self.scores.index(max(self.scores))
@@ -261,6 +261,7 @@ def _state(run) -> tuple[dict[str, Tensor], dict]: # tensors and the rest, by na
     for name, p in run.learner.named_parameters():
         state[f'param.{name}'] = p.detach()
         for key, value in run.optimizer.state[p].items(): state[f'optimizer.{key}/{name}'] = value
+    for name, b in run.learner.named_buffers(): state[f'buffer.{name}'] = b
     for i, hook in enumerate(_remembering(run)):
         for key, value in hook.state().items(): state[f'hook.{i}/{key}'] = value
     tensors = {k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)}
@@ -275,6 +276,8 @@ def _restore(run, state:dict):
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in mine.items()}
     params = dict(run.learner.named_parameters())
     for name, value in part('param.').items(): params[name].copy_(value)
+    buffers = dict(run.learner.named_buffers())  # running statistics
+    for name, value in part('buffer.').items(): buffers[name].copy_(value)
     for key, value in part('optimizer.').items():
         key, _, name = key.partition('/')
         is_count = key == 'step'  # Adam keeps its step counts on the CPU

@@ -254,7 +254,7 @@ def _order(position:str, M:int, n_name:int, length:int) -> list[int]:
             'front': name + context}[position]
     return [0, *head, *range(M+1+n_name, length)]
 
-def _check_room(backbone, names, words, n_ctx, position):
+def _check_room(backbone, names, words, n_ctx, position, behind='.'):
     encode, room = backbone.tokenizer.encode, backbone.context_length
     held = len(encode(words))
     if n_ctx > held: raise ValueError(f'"{words}" holds {held} places, not {n_ctx}; '
@@ -263,7 +263,7 @@ def _check_room(backbone, names, words, n_ctx, position):
         raise ValueError("words longer than the slots work with position 'end' only, "
                          f"not '{position}'")
     for n in names:
-        need = len(encode(f'{words} {n}.')) + 2  # with SOT and EOT
+        need = len(encode(f'{words} {n}{behind}')) + 2  # with SOT and EOT
         if need > room:
             raise ValueError(f"class '{n[:40]}' with {n_ctx} prompt tokens needs {need} places but "
                              f'the context holds {room}; shorten the name or the prompt')
@@ -275,6 +275,7 @@ def place(
     n_ctx:int,             # prompt slots M
     position:str='end',    # 'end', 'middle' or 'front': where the class name stands
     words:str|None=None,   # the words that hold the places; "X X ... X" by default
+    behind:str='.',        # what follows the words and the name: ', a type of pet.', ' texture.'
 ) -> Sentences:
     """Sentences `words name.` with their first n_ctx words as slots
 
@@ -284,8 +285,8 @@ def place(
         raise ValueError(f"unknown position '{position}'; use 'end', 'middle' or 'front'")
     words = (words or ' '.join('X'*n_ctx)).replace('_', ' ')
     names = clean_names(classnames)
-    _check_room(backbone, names, words, n_ctx, position)
-    ids = backbone.tokenize([f'{words} {n}.' for n in names])                # [C, L]
+    _check_room(backbone, names, words, n_ctx, position, behind)
+    ids = backbone.tokenize([f'{words} {n}{behind}' for n in names])                # [C, L]
     lengths = [len(backbone.tokenizer.encode(n)) for n in names]
     orders = [_order(position, n_ctx, n, ids.shape[1]) for n in lengths]
     order = torch.tensor(orders, device=ids.device)                          # [C, L]

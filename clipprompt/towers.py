@@ -234,6 +234,29 @@ def _behind(backbone:Backbone, pack:Pack, past:list,
     final = mask[every, 0, pack.ends.repeat(G, 1)][:, None]                # [G*N, 1, K, pre+T]
     return run_after(block, x, k, v, final, pack)
 
+# %% ../nbs/03_towers.ipynb #03-024d
+def _injected(backbone:Backbone, s:Sentences,
+    prompts:Given,  # from block `own_from` on, above 0, their tokens are [C, n, D_t]
+    run,            # calls a block, and may forget what is inside
+) -> Tensor: # [G, C, D_t]
+    "The prefix once below the injection, all rows of all sentences from there on"
+    blocks, pre, L = backbone.text.transformer.resblocks, s.shared, max(s.lengths)
+    where = backbone.text.positional_embedding
+    prefix = fill(prompts, 0, backbone.embed(s.ids[:1, :pre])[None], s.slots[:1]) + where[:pre]
+    x = (backbone.embed(s.ids[:, pre:L]) + where[pre:L])[None]           # [1, C, L-pre, D_t]
+    mask = torch.ones(L-pre, L, dtype=torch.bool, device=x.device).tril(pre)[None, None]
+    for l, block in enumerate(blocks[:prompts.own_from]):
+        if l: prefix = fill(prompts, l, prefix, s.slots[:1])
+        prefix, k, v = run(run_block, block, prefix[:, 0], True)
+        x = run(run_after, block, x.expand(len(prefix), -1, -1, -1), k, v, mask)
+        prefix = prefix[:, None]                                         # [G, 1, pre, D_t]
+    x = torch.cat([prefix.expand(-1, len(s.ids), -1, -1), x], 2)         # [G, C, L, D_t]
+    for l in range(prompts.own_from, len(blocks)):
+        x = fill(prompts, l, x, s.slots)
+        rows = s.eot.repeat(len(x)) if l == len(blocks)-1 else None
+        x = run(run_block, blocks[l], x.flatten(0, 1), True, rows)[0].unflatten(0, (-1, len(s.ids)))
+    return x[:, :, 0]
+
 # %% ../nbs/03_towers.ipynb #03-025
 class TextTower:
     "The frozen causal text transformer with prompt slots"
@@ -258,9 +281,12 @@ class TextTower:
         "Text features, not normalised"
         share = s.shared and not getattr(prompts, 'per_class', False)
         if changes is not None and changes.drawn: share = False
+        own = getattr(prompts, 'own_from', None)   # the block from which classes differ
         with self.backbone.autocast():
             if self.plain: x = plain_text(self.backbone, s, prompts, changes)
-            elif share: x = self._shared(s, prompts, changes)
+            elif share and own and changes is None:
+                x = _injected(self.backbone, s, prompts, self._run)
+            elif share and not own: x = self._shared(s, prompts, changes)
             else: x = self._cut(s, prompts, changes)
             x, W = self.clip.ln_final(x), self.clip.text_projection      # [G, C, D_t]
             x = (x @ W if isinstance(W, Tensor) else W(x)).to(self.backbone.dtype)

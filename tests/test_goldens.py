@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 
@@ -22,12 +23,15 @@ from clipprompt.anchored import Anchored, Aligned, KgCoOp, ProGrad, PromptSRC, a
 from clipprompt.check import Golden
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
+from clipprompt.backbone import Backbone
 from clipprompt.deep import IVLP, VPT, MaPLe
 from clipprompt.inside import MMA, MMRL, ClipLoRA
+from clipprompt.distill import PromptKD
 from clipprompt.metaprompt import MetaPrompt
 from clipprompt.mudpt import MuDPT
 from clipprompt.prompts import AUTO, place
 from clipprompt.provp import ProVP, ProVPRef, provp_template
+from clipprompt.tcp import TCP
 from clipprompt.variational import Variational, VariationalCoCoOp, VariationalCoOp
 from clipprompt.zeroshot import ZeroShot
 from helpers import one_line, tiny_clip
@@ -203,6 +207,42 @@ def anchored_replay(g, learner, where):
     if cosines: errors |= g.error('cosines', torch.stack([cosines[s] for s in sorted(cosines)]))
     return replayed | errors
 # end of clipprompt.anchored
+# tcp
+WHERE['TCP'] = TCP, {'ctx': TEXT['ctx']} | {
+    f'meta_net.linear{i}.{w}': (f'meta_net.linear{i}.{w}', ...)
+    for i in (1, 2)
+    for w in ('weight', 'bias')
+}
+# distill
+WHERE['PromptKD'] = PromptKD, {
+    'visual_ctx': IMAGE['ctx'], 'deep_visual': IMAGE['deep'],
+    'proj.0.weight': ('proj.first.weight', ...), 'proj.0.bias': ('proj.first.bias', ...),
+    'proj.1.weight': ('proj.scale', ...), 'proj.1.bias': ('proj.shift', ...),
+    'proj.3.weight': ('proj.last.weight', ...), 'proj.3.bias': ('proj.last.bias', ...)}
+
+def recorded_teacher(g):
+    "IVLP on the second random CLIP of a case"
+    J, T = g.json, g.tensors
+    model = open_clip.model.CLIP(**J['teacher_cfg']).to(g.dtype)
+    words = torch.zeros(model.token_embedding.weight.shape, dtype=g.dtype)
+    words[T['tokens.used_ids'].long()] = T['tokens.used_rows_teacher'].to(g.dtype)
+    weights = {k.removeprefix('clip_teacher.'): v.to(g.dtype)
+               for k, v in T.items() if k.startswith('clip_teacher.')}
+    model.load_state_dict(weights | {'token_embedding.weight': words})
+    clip, h = Backbone(model, 'teacher'), J['hparams']
+    depths = dict(depth_text=min(h['teacher_depth'], clip.text_layers),
+                  depth_vision=min(h['teacher_depth'], clip.vision_layers))
+    teacher = IVLP(clip, J['classnames'], n_ctx=h['teacher_n_ctx'],
+                   n_visual=h['teacher_n_visual'], ctx_init=h['ctx_init'], **depths).to(g.dtype)
+    where = WHERE['IVLP (independent prompts)'][1]
+    params, found = dict(teacher.named_parameters()), 0
+    for name, tensor in T.items():
+        if not name.startswith('init.teacher.'): continue
+        ours, at = where[name.removeprefix('init.teacher.')]
+        params[ours].data[at] = tensor.to(g.dtype)
+        found += tensor.numel()
+    assert found == sum(p.numel() for p in params.values())
+    return teacher
 
 MODES = ('restore', 'clean')   # of MetaPrompt, recorded beside the reference's own
 
@@ -224,7 +264,8 @@ def learner_of(g):
     """The learner of a case, and where its recorded parameters lie; recorded ones without layers
     (depth 1) are left out"""
     cls, where = WHERE[g.json['method']]
-    init = {k.removeprefix('init.') for k in g.tensors if k.startswith('init.')}
+    init = {k.removeprefix('init.') for k in g.tensors
+            if k.startswith('init.') and not k.startswith('init.teacher.')}
     hparams = dict(g.json['hparams'])
     if cls is MuDPT:
         hparams['fusion'] = FUSIONS[g.json['method']]
@@ -239,12 +280,19 @@ def learner_of(g):
         cls, hparams = Literal, {k: v for k, v in hparams.items() if k != 'dataset'}
         hparams['split'] = 'class' if 'base-to-new' in g.json['method'] else 'domain'
     if g.json['method'] in INSIDE: hparams = inside_hparams(g.json)
+    if cls is PromptKD:
+        taken = 'n_visual', 'depth_vision', 'kd_weight'
+        hparams = {k: hparams[k] for k in taken} | dict(tau=hparams['T'])
+    if cls is TCP:   # what the optimiser and the sentences took from the reference's settings
+        hparams = {k: v for k, v in hparams.items() if k not in ('eps', 'dataset')}
+        hparams |= dict(templates=g.json['templates'], ctx_init=None)
     if issubclass(cls, Variational): hparams['samples'] = hparams.pop('L')
     if issubclass(cls, Anchored): hparams = anchored_hparams(g.json)
     # a case without words starts from random vectors
     if 'ctx_init' in signature(cls).parameters: hparams.setdefault('ctx_init', None)
     assert init <= set(where), f'recorded parameters that are not tested: {init-set(where)}'
     learner = cls(g.backbone, g.json['classnames'], **hparams)
+    if cls is PromptKD: learner.to(g.dtype).taught_by(recorded_teacher(g))
     assert sum(p.numel() for p in learner.parameters()) == g.json['n_trainable']
     return learner, {k: v for k, v in where.items() if k in init}
 
@@ -282,6 +330,13 @@ def at_the_start(g, learner, where):
     g.start(learner, where)
     injected(g)(learner, 0)
     x = g.batch(0)[0]
+    if isinstance(learner, PromptKD):   # predictions are of the running averages
+        return g.error('teacher_text', learner.text_features()) | g.error(
+            'teacher_logits_0', learner.teacher_logits(x))
+    if isinstance(learner, TCP):
+        other = learner.for_classes(g.json['new_classnames'])
+        return g.error('frozen_text', learner.frozen_classes()) | g.error(
+            'new_frozen_text', other.frozen_classes())
     z = learner.frozen_image(x)
     if isinstance(learner, Anchored): return zero_shot_errors(g, learner, x)
     if isinstance(learner, Variational):
@@ -324,7 +379,8 @@ def test_golden(case, dtype, path):
     learner.text.plain = path == 'plain'
     learner.text.checkpoint = path == 'checkpoint'
     learner.text.chunk = 2
-    if 'tokens.prompt_ids' in g.tensors:  # the placeholder strings, tokenised as the reference did
+    # the placeholder strings, tokenised as the reference did; a student has none
+    if 'tokens.prompt_ids' in g.tensors and not isinstance(learner, PromptKD):
         ours, J = learner.sentences, g.json
         if J['hparams'].get('position', 'end') != 'end':
             words = J['hparams'].get('ctx_init')
@@ -335,10 +391,15 @@ def test_golden(case, dtype, path):
     if isinstance(learner, Anchored): errors |= anchored_replay(g, learner, where)
     else: errors |= g.replay(learner, where, injected(g))
     errors |= inside_end(g, learner)
+    errors |= g.replay(learner, where, injected(g))
+    if isinstance(learner, PromptKD):
+        for name, buffer in learner.proj.named_buffers(): errors |= g.error(name, buffer)
+    for name in g.json.get('zero_grad_params', ()):  # zero but for rounding: compared absolutely
+        errors[f'grad.{name}'] *= g.tensors[f'expect.grad.{name}'].abs().max().item()
     all_within(g, errors, dtype)
     left = {k.removeprefix('expect.') for k in g.tensors if k.startswith('expect.')} - set(errors)
     assert not left, f'recorded values that no test looked at: {sorted(left)}'
-    if 'expect.new_class_logits' not in g.tensors:
+    if 'expect.new_class_logits' not in g.tensors and not isinstance(learner, PromptKD):
         with pytest.raises(ValueError, match='cannot be used for other names'):
             learner.for_classes(['cat', 'dog'])
 
