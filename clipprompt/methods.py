@@ -18,11 +18,15 @@ from pathlib import Path
 
 import torch
 
+from .adapters import ClipAdapter, LPPlusPlus, TaskRes, TipAdapter, TipAdapterF
+from .anchored import KgCoOp, ProGrad, PromptSRC
 from .backbone import Backbone, load_backbone, nearest
 from .cocoop import CoCoOp
 from .coop import CoOp
 from .deep import IVLP, VPT, MaPLe
+from .distill import PromptKD
 from .figures import colour, marker
+from .inside import MMA, MMRL, ClipLoRA
 from .learner import PromptLearner, Recipe, read_prompts
 from .map_dafe import MAPDAFE
 from .metaprompt import MetaPrompt
@@ -32,6 +36,7 @@ from .provp import ProVP, ProVPRef
 from .public import PUBLIC
 from .records import mark_of, record
 from .sets import TASKS, load_dataset
+from .tcp import TCP
 from .variational import VariationalCoCoOp, VariationalCoOp
 from .zeroshot import BestTemplate, LinearProbe, ZeroShot
 
@@ -39,7 +44,8 @@ from .zeroshot import BestTemplate, LinearProbe, ZeroShot
 BOOK = (ZeroShot, BestTemplate, LinearProbe, CoOp, CoCoOp, VPT, IVLP, MaPLe, MuDPT, ProVP, ProVPRef,
         MetaPrompt, MAPDAFE, VariationalCoOp, VariationalCoCoOp)
 # What people compare them with; not tuned here yet, so a comparison takes them when asked
-RIVALS = ()
+RIVALS = (KgCoOp, ProGrad, PromptSRC, TCP, ClipAdapter, TipAdapter, TipAdapterF, TaskRes,
+          LPPlusPlus, ClipLoRA, MMA, MMRL, PromptKD)
 
 # %% ../nbs/19_methods.ipynb #19-007
 def methods() -> dict[str, type]: # name -> class
@@ -169,6 +175,7 @@ def find_method(
     if method.hparams is not None: usual = method.hparams
     recipe = method.recipe or recipe
     given, changes = settings_of(cls, hparams or {})
+    if 'epochs' in changes: changes = dict(steps=None) | changes   # either counts
     if recipe.epochs: recipe = replace(recipe, **changes)  # else nothing is trained by steps
     return replace(method, hparams={**usual, **given} or None, recipe=recipe)
 

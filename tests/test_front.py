@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import clipprompt as cp
-from clipprompt.methods import BOOK
+from clipprompt.methods import BOOK, RIVALS
 from helpers import one_line, shapes
 
 IMPORT = '''
@@ -46,8 +46,8 @@ def test_every_front_name_is_there():
 
 
 def test_every_method_is_at_the_front():
-    assert {cls.__name__ for cls in BOOK} <= set(cp.__all__)
-    assert all(getattr(cp, cls.__name__) is cls for cls in BOOK)
+    assert {cls.__name__ for cls in (*BOOK, *RIVALS)} <= set(cp.__all__)
+    assert all(getattr(cp, cls.__name__) is cls for cls in (*BOOK, *RIVALS))
 
 
 def test_no_module_shadows_a_front_name():

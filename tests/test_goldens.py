@@ -391,7 +391,6 @@ def test_golden(case, dtype, path):
     if isinstance(learner, Anchored): errors |= anchored_replay(g, learner, where)
     else: errors |= g.replay(learner, where, injected(g))
     errors |= inside_end(g, learner)
-    errors |= g.replay(learner, where, injected(g))
     if isinstance(learner, PromptKD):
         for name, buffer in learner.proj.named_buffers(): errors |= g.error(name, buffer)
     for name in g.json.get('zero_grad_params', ()):  # zero but for rounding: compared absolutely

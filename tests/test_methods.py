@@ -14,7 +14,7 @@ from clipprompt.coop import CoOp
 from clipprompt.data import DataSet
 from clipprompt.figures import LOOK
 from clipprompt.learner import PromptLearner, Recipe
-from clipprompt.methods import BOOK, find_class, find_method, load, look, methods, settings_of
+from clipprompt.methods import BOOK, RIVALS, find_class, find_method, load, look, methods, settings_of
 from clipprompt.prompts import AUTO
 from clipprompt.protocols import Method, arguments, protocol
 from clipprompt.records import mark_of, run_id
@@ -113,7 +113,7 @@ def test_a_broken_plug_in_is_named_and_the_rest_works(installed, value, says):
     assert len(caught) == 1
     said = str(caught[0].message)
     assert '\n' not in said and all(words in said for words in (value, 'left out', *says)), said
-    assert list(known) == [*(cls.method for cls in BOOK), 'mine']
+    assert list(known) == [*(cls.method for cls in (*BOOK, *RIVALS)), 'mine']
 
 
 @pytest.mark.parametrize('what,says', [
