@@ -14,7 +14,8 @@ from clipprompt.coop import CoOp
 from clipprompt.data import DataSet
 from clipprompt.figures import LOOK
 from clipprompt.learner import PromptLearner, Recipe
-from clipprompt.methods import BOOK, RIVALS, find_class, find_method, load, look, methods, settings_of
+from clipprompt.methods import (BOOK, RIVALS, find_class, find_method, load, look, methods,
+                                settings_of)
 from clipprompt.prompts import AUTO
 from clipprompt.protocols import Method, arguments, protocol
 from clipprompt.records import mark_of, run_id
