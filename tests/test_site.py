@@ -106,7 +106,8 @@ def looked(site, address):
 
 def pages(site):
     "The book's pages, without parts of pages and the page for dead addresses"
-    files = [f for f in site.rglob('*.html') if 'site_libs' not in f.parts]
+    apart = {'site_libs', 'live'}   # the page that draws has tests of its own
+    files = [f for f in site.rglob('*.html') if not apart & {*f.relative_to(site).parts}]
     parts = {'404.html', 'page.html', 'before.html', 'after.html'}
     return sorted(f.relative_to(site).as_posix() for f in files if f.name not in parts)
 
