@@ -356,6 +356,7 @@ def test_around_another_learner(cls, clip):
 
 
 @pytest.mark.parametrize('cls', OFF)
+@pytest.mark.stress
 def test_compositions_keep_the_contract(cls):
     assert (check_learner(cls).result == 'passed').all()
 
@@ -367,6 +368,7 @@ class Uphill(PromptSRC):
         terms = super().loss_terms(*batch)
         return terms | dict(ce=-terms['ce'])
 
+@pytest.mark.stress
 def test_an_anchor_hides_no_wrong_sign():
     "What outweighs the cross-entropy is left out to see whether that falls"
     with pytest.raises(ContractError) as e: check_learner(Uphill)

@@ -257,6 +257,7 @@ def test_half_precision(images, precision):
             assert a.dtype == F32 and 1e-5 < error(a, b) < .1
 
 
+@pytest.mark.stress
 def test_bent_towers_compile(images):
     clip = tiny_clip()
     s, x = Sentences.of(clip, WORDS), images.float()
