@@ -88,7 +88,9 @@ class Average(Hook):
 
     def finish(self, run):
         if not self.total: raise ValueError('no epoch has a weight; give one that is not 0')
-        run.learner.load_state_dict({name: s/self.total for name, s in self.sums.items()})
+        mean = {name: s/self.total for name, s in self.sums.items()}
+        # Running statistics, where a method has them, stay those of the last epoch
+        run.learner.load_state_dict(run.learner.state_dict() | mean)
 
     def state(self) -> dict:
         return dict(total=self.total) | {f'sum/{k}': s for k, s in self.sums.items()}

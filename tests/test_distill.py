@@ -1,9 +1,15 @@
 "PromptKD: a second backbone teaches, labels are not read, running averages are kept."
+from dataclasses import replace
+
 import pytest
 import torch
 
+from clipprompt.backbone import load_backbone
 from clipprompt.deep import IVLP
 from clipprompt.distill import Projection, PromptKD, distillation
+from clipprompt.hooks import Average
+from clipprompt.sets import load_dataset
+from clipprompt.training import fit
 from helpers import one_line, tiny_clip
 
 NAMES = ['cat', 'old shopping cart', 'traffic light']
@@ -65,3 +71,22 @@ def test_bad_input(clip):
     one_line(e, 'tau must be above 0')
     with pytest.raises(ValueError) as e: Projection(4, 4).of_batch(torch.randn(1, 4))
     one_line(e, 'at least two pictures')
+
+
+@pytest.mark.stress
+def test_running_statistics_survive_average_and_selection():
+    "Hooks that replace prompts at the end keep what batch normalisation remembers"
+    picto, data = load_backbone(device='cpu'), load_dataset('pictograms', 'arrows').few_shot(1, 1)
+    recipe = replace(PromptKD.recipe(), epochs=2, batch_size=4)
+
+    def trained(recipe, **how):
+        learner = PromptKD(picto, data.classnames, depth_vision=1)
+        fit(learner, data, recipe, seed=1, progress=False, **how)
+        return learner.state_dict()
+
+    last = trained(recipe)
+    mean = trained(recipe, hooks=[Average()])
+    assert torch.equal(mean['proj.running_mean'], last['proj.running_mean'])
+    assert not torch.equal(mean['proj.first.weight'], last['proj.first.weight'])
+    best = trained(replace(recipe, select='best_on_val'))
+    assert set(best) == set(last)
