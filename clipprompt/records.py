@@ -34,6 +34,12 @@ def mark_of(data:DataSet, recipe:Recipe,
     chosen_by = replace(data, train=data.val, test=[])
     return f'{mark}+{chosen_by.fingerprint}'
 
+# Settings that recipes got later are named where they are used: older runs keep their names
+_LATER = dict(steps=None, final_lr=0.)
+
+def _told(recipe:Recipe) -> dict:
+    return {k: v for k, v in asdict(recipe).items() if k not in _LATER or v != _LATER[k]}
+
 def run_id(method:Method, recipe:Recipe, protocol_name:str,
     data:str,             # its mark
     shots:int, seed:int, backbone:Backbone,
@@ -47,7 +53,7 @@ def run_id(method:Method, recipe:Recipe, protocol_name:str,
     """
     precision = backbone.precision
     if precision is None and backbone.dtype != torch.float32: precision = str(backbone.dtype)
-    what = [method.cls.method, method.label, method.hparams, asdict(recipe), protocol_name, data,
+    what = [method.cls.method, method.label, method.hparams, _told(recipe), protocol_name, data,
             shots, seed, backbone.fingerprint, precision, *targets, __version__]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -283,7 +283,7 @@ class Tab:
         old = self.turn()
         act()
         end = monotonic()+60
-        while self.turn() <= old:
+        while self.turn() <= old or self.tab.evaluate("'busy' in document.body.dataset"):
             assert monotonic() < end, self.tab.inner_text('body')[:500]
             self.tab.wait_for_timeout(20)
         return self.tops()

@@ -238,6 +238,7 @@ async function ask() {
   state.dirty = state.waiting;
   if (state.waiting) return;
   state.waiting = true;
+  document.body.toggleAttribute('data-busy', true);
   try {
     const { look, alpha, depth } = state;
     state.answer = await state.engine.predict(await given(), { look, alpha, depth });
@@ -247,7 +248,10 @@ async function ask() {
   } catch (error) { complain(error); }
   state.waiting = false;
   if (state.dirty) ask();
-  else document.body.dataset.turn = state.turn ?? 0;   // the page rests
+  else {   // the page rests
+    document.body.dataset.turn = state.turn ?? 0;
+    document.body.toggleAttribute('data-busy', false);
+  }
 }
 
 function show() {
