@@ -1475,5 +1475,6 @@ d = { 'settings': { 'branch': 'main',
                                      'clipprompt.zeroshot._value_and_slope': ('zeroshot.html#_value_and_slope', 'clipprompt/zeroshot.py'),
                                      'clipprompt.zeroshot.best_gamma': ('zeroshot.html#best_gamma', 'clipprompt/zeroshot.py'),
                                      'clipprompt.zeroshot.best_template': ('zeroshot.html#best_template', 'clipprompt/zeroshot.py'),
+                                     'clipprompt.zeroshot.check_templates': ('zeroshot.html#check_templates', 'clipprompt/zeroshot.py'),
                                      'clipprompt.zeroshot.logistic_regression': ( 'zeroshot.html#logistic_regression',
                                                                                   'clipprompt/zeroshot.py')}}}

@@ -18,6 +18,7 @@ from .deep import IVLP
 from .hooks import Average, Hook, gaussian
 from .learner import FP16_SCALE, Recipe, frozen_key
 from .prompts import AUTO, Prompts, phrase_tokens, place
+from .zeroshot import check_templates
 
 # %% ../nbs/18b_anchored.ipynb #18b-007
 def _usual(dataset:str) -> str|list[str]: return template_of(dataset)
@@ -41,10 +42,7 @@ class Anchored:
         if self.per_image:
             raise ValueError(f'{self.method} has no class features to hold: they depend on the '
                              'image; put the anchor before another learner')
-        if not self.templates: raise ValueError('no template: give at least one')
-        bad = [t for t in self.templates if t.count('{}') != 1]
-        if bad: raise ValueError('a template needs exactly one {} for the class name: '
-                                 f'"{bad[0]}"')
+        check_templates(self.templates)
 
     @property
     def templates(self) -> list[str]:
