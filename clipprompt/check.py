@@ -157,17 +157,20 @@ def _evaluation(golden, learner, inject) -> dict[str, float]:
     return errors
 
 # %% ../nbs/08_check.ipynb #08-018
-def small_clip(dtype:torch.dtype=torch.float64) -> Backbone:
+def small_clip(dtype:torch.dtype=torch.float64,
+    model_cfg:dict|None=None, # of another make, as `build_backbone` takes it
+) -> Backbone:
     """A random CLIP, always the same
 
-    Text tower of 3 blocks and width 24, image tower of 4 blocks and width 32.
+    Without a configuration: text tower of 3 blocks and width 24, image tower of 4 blocks and
+    width 32.
     """
     vision_cfg = dict(image_size=16, layers=4, width=32, head_width=16, patch_size=8)
     text_cfg = dict(context_length=77, vocab_size=49408, width=24, heads=2, layers=3)
     cfg = dict(embed_dim=64, vision_cfg=vision_cfg, text_cfg=text_cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        clip = build_backbone(cfg, name='small-random')
+        clip = build_backbone(model_cfg or cfg, name='small-random')
         for p in clip.model.parameters():
             if p.ndim == 1: p.data += .5*torch.randn_like(p)
     return clip.to('cpu', dtype)
@@ -241,18 +244,22 @@ class _Subject:
     names = ['camera', 'shopping_cart', 'key', 'umbrella', 'alarm clock', 'fork', 'bed']
     others = ['teapot', 'umbrella', 'bus stop', 'camera']   # two of them are known
 
-    def __init__(self, cls, hparams):
+    def __init__(self, cls, hparams, model_cfg=None):
         self.cls, self.hparams, self.takes = cls, hparams, signature(cls).parameters
-        self.clip = small_clip()
+        self.model_cfg = model_cfg
+        self.clip = self.new_clip()
         self.frozen = _values(self.clip.model)
         g = torch.Generator().manual_seed(0)
-        self.images = torch.randn(8, 3, 16, 16, generator=g, dtype=torch.float64)
+        size = self.clip.image_size
+        self.images = torch.randn(8, 3, size, size, generator=g, dtype=torch.float64)
         self.labels = torch.arange(8) % 7
+
+    def new_clip(self, dtype=torch.float64) -> Backbone: return small_clip(dtype, self.model_cfg)
 
     @cached_property
     def clip32(self) -> Backbone:
         "Another one, for pictures and files"
-        return small_clip(torch.float32)
+        return self.new_clip(torch.float32)
 
     def make(self, names=None, clip=None, moved:int=1, **changed) -> PromptLearner:
         "A learner in eval mode; `moved` seeds what is added to its start, 0 leaves the start"
@@ -273,8 +280,8 @@ def _move(learner, seed:int):
 # %% ../nbs/08_check.ipynb #08-022c
 class _Trial(_Subject):
     "The same, trained"
-    def __init__(self, cls, hparams):
-        super().__init__(cls, hparams)
+    def __init__(self, cls, hparams, model_cfg=None):
+        super().__init__(cls, hparams, model_cfg)
         self.data = _small_data(self.names)
         self.prepares = cls.prepare is not PromptLearner.prepare
 
@@ -785,7 +792,7 @@ def _not_finite(t):
 # %% ../nbs/08_check.ipynb #08-047
 def _half_precision(t):
     "With the towers in bf16 the loss stays close, parameters and gradients stay float32"
-    clip = small_clip(torch.float32)
+    clip = t.new_clip(torch.float32)
     learner, x = t.make(clip=clip), t.images.float()
     with torch.no_grad(): full = learner(x)
     clip.precision = 'bf16'
@@ -857,7 +864,7 @@ def _copies(t):
 # %% ../nbs/08_check.ipynb #08-047f
 def _moves(t):
     "`to(device)` takes everything along: parameters, CLIP, token ids and what else it holds"
-    learner = t.make(clip=small_clip())
+    learner = t.make(clip=t.new_clip())
     t.logits(learner)
     learner.to('meta')
     _must(learner.backbone.device.type == 'meta', 'learner.to(device) leaves CLIP behind',
@@ -887,7 +894,7 @@ def _save_and_load(t):
 
     it says what it is
     """
-    clip, x = small_clip(torch.float32), t.images.float()
+    clip, x = t.new_clip(torch.float32), t.images.float()
     learner, method = t.make(clip=clip), t.cls.method
     _must(isinstance(method, str) and method != PromptLearner.method, f'method is {method!r}',
           'give the class a name of its own: method = ...')
@@ -981,6 +988,7 @@ def _outcome(t, name:str, check) -> str:
 # %% ../nbs/08_check.ipynb #08-053b
 def check_learner(
     cls:type,    # a subclass of PromptLearner
+    model_cfg:dict|None=None, # of a small CLIP of another make; None: as OpenAI's
     **hparams,   # for its constructor; small ones make it fast
 ) -> pd.DataFrame: # one row per check: its name, and 'passed' or why it was skipped
     """Run the contract's checks on a method, on a small random CLIP
@@ -992,7 +1000,7 @@ def check_learner(
     rows, python, numpy = [], random.getstate(), np.random.get_state()
     try:
         with _seeded():
-            t = _Trial(cls, hparams)
+            t = _Trial(cls, hparams, model_cfg)
             t.make()   # what the constructor has against these hyper-parameters, it says itself
             for name, check in CHECKS.items():
                 rows.append(dict(check=name, result=_outcome(t, name, check)))

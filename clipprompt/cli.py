@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Data', 'Task', 'Which', 'Sources', 'Prompts', 'Classes', 'train', 'evaluate_command', 'predict', 'live_command',
-           'bench_command', 'info', 'main']
+           'bench_command', 'info', 'backbones_command', 'main']
 
 # %% ../nbs/40c_cli.ipynb #40-005
 import sys
@@ -19,7 +19,7 @@ from typer import Argument, Option
 
 from . import __version__
 from . import cli_runs  # noqa: F401, registers compare, sweep and rerun
-from .backbone import Backbone, load_backbone
+from .backbone import Backbone, backbones, load_backbone
 from .bench import CASES, bench, bench_scale, speed_table
 from .console import (DATA_WORDS, METHOD_NAMES, app, check_select, entries, err,
     for_people, given_settings, out, print_json, run_app, show_table, write_result)
@@ -32,7 +32,7 @@ from .hooks import Lines, shows_bars
 from .hub import local_prompts
 from .inference import Prediction, listed, predictions
 from .learner import PromptLearner, read_prompts
-from .methods import find_method, load, methods as all_methods
+from .methods import find_method, load, methods as all_methods, must_fit
 from .page import Told, numbered, open_page, show_page
 from .prompts import clean_names
 from .protocols import PROTOCOLS
@@ -127,7 +127,7 @@ def train(
     if epochs: settings['epochs'] = epochs
     check_select(select)
     if select: settings['select'] = select
-    find_method(method, budget, hparams=settings)
+    must_fit([find_method(method, budget, hparams=settings)], model)
     backbone = load_backbone(model, pretrained, device, precision=precision, cache=cache)
     pictures = _data(named, classes, shots, seed, skip_broken, root, sources)
     m = find_method(method, budget, _question(sources, classes), shots or 16, pictures.name,
@@ -420,6 +420,21 @@ def info(
     for name, value in said.items():
         many = value if name == 'data' else [value]
         for one in many: out.print(f'{name}: {_in_words(one)}')
+
+@app.command('backbones')
+def backbones_command(as_json:Json=False):
+    """Every CLIP of open_clip with published weights, and what it takes.
+
+    Text prompts: fast, or whole (through the whole context). Image prompts: fast, blocks (block by
+    block), or features (none). Extra: what to install besides, as in pip install 'clipprompt[hf]'.
+
+    Examples:
+    clipprompt backbones
+    clipprompt backbones --json > backbones.json
+    """
+    rows = backbones()
+    if as_json: print_json(dict(backbones=rows))
+    else: show_table(pd.DataFrame(rows))
 
 # %% ../nbs/40c_cli.ipynb #40-202
 def main():

@@ -23,7 +23,7 @@ from .data import SUITE
 from .evidence import stored_file
 from .files import check_writable
 from .learner import Recipe
-from .methods import compared, rerun
+from .methods import compared, find_method, must_fit, rerun
 from .pictures import DOMAINS
 from .plan import YARDSTICK, expected, plan, yardstick
 from .protocols import PROTOCOLS, SCORES, protocol, usual_shots, usual_task
@@ -115,6 +115,7 @@ def compare_command(ctx:Context,
     first = tasks[0] if tasks else usual_task(protocol_name)
     spent = _budgets([Run(m, first, protocol_name, k, **what) for m, k in product(names, ks)],
                      first.partition('/')[0])
+    must_fit([find_method(m, budget) for m in names], model)
     backbone = load_backbone(model, pretrained, device, precision=precision,
                              cache=cache or out_dir/'features')
     err.print(f"{backbone.name} on {backbone.device}, {protocol_name}, shots "
@@ -237,11 +238,21 @@ def _hours(missing:list[Run], rows:pd.DataFrame) -> str:
     seconds = expected(missing, rows, speed)
     return f'{seconds/3600:.1f} hours' if seconds > 5400 else f'{seconds/60:.0f} minutes'
 
+def _with_weights(runs:list[Run]) -> list[Run]:
+    "Those whose weights are here; which are not is said once"
+    lacking = set()
+    for weights in dict.fromkeys(run.pretrained for run in runs):
+        try: load_backbone('picto-clip', weights, 'cpu')
+        except ValueError as e:
+            lacking.add(weights)
+            err.print(f'left out: {e}')
+    return [run for run in runs if run.pretrained not in lacking]
+
 def _suite(ctx:Context, out_dir:Path, cache:Path|None, ray:str|None, as_json:bool):
     "Do what is missing of the plan"
     _only_the_plan(ctx)
     cache = cache or out_dir/'features'
-    runs = [run for part in plan().values() for run in part]
+    runs = _with_weights([run for part in plan().values() for run in part])
     missing = [run for run in runs if not _done(run, out_dir, Store(cache))]
     said = f'{len(runs)} runs, {len(runs)-len(missing)} done'
     if missing:

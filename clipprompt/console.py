@@ -98,7 +98,7 @@ def for_people(as_json:bool) -> Console: return err if as_json else out
 
 # %% ../nbs/40_console.ipynb #40-011
 Model = Annotated[str, Option('--backbone',
-    help="'picto-clip', or a ViT of open_clip such as ViT-B-16")]
+    help="'picto-clip', or a CLIP of open_clip such as ViT-B-16; clipprompt backbones lists them")]
 Weights = Annotated[str|None, Option('--pretrained',
     help='weights of an open_clip backbone: a tag such as openai, or a file')]
 Half = Annotated[str|None, Option('--precision',

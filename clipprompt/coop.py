@@ -73,12 +73,12 @@ def nearest_words(learner:CoOp,
     Distances are Euclidean. Unified context only: raises ValueError for class-specific context."""
     if learner.hparams['csc']:
         raise ValueError('nearest words are defined for a unified context; train with csc=False')
-    table = learner.backbone.text.token_embedding.weight  # [V, D_t]
+    table = learner.backbone.embedding.weight  # [V, D_t]
     context = learner.ctx.tokens[0].detach().to(table)    # [M, D_t]
     distances = torch.cdist(context, table)               # [M, V]
     empty = table.abs().sum(1) == 0                       # left out of a reduced vocabulary
     distances[:, empty] = float('inf')
     distances, ids = distances.topk(k, largest=False)
-    def word(i): return learner.backbone.tokenizer.decode([i]).strip()
+    word = learner.backbone.words.decode
     words = [[word(i) for i in row] for row in ids.tolist()]
     return [list(zip(*row)) for row in zip(words, distances.tolist())]

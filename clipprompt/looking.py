@@ -88,6 +88,7 @@ def looks_at(learner:PromptLearner,
     block:int=-1,  # of the image tower; the last one decides the feature
 ) -> tuple[Tensor, Tensor]: # [B, h, w] shares of patches; [B] share of prompt tokens
     "How CLS divides its attention, the mean over heads"
+    learner.backbone.inside('looks_at', 'image')
     tower = learner.vision
     layer, rows = tower.blocks[block], []
     watch = layer.ln_1.register_forward_hook(lambda module, given, out: rows.append(out))

@@ -263,6 +263,8 @@ class MAPDAFE(PromptLearner):
                          gate=gate, gate_text=gate_text, gate_vision=gate_vision, form=form,
                          scale=scale, detach=detach, p2p=p2p, start=start, noise=noise, seed=seed)
         _check_choices(text=text, vision=vision, p2p=p2p, start=start)
+        if n_ctx and text != 'write': backbone.inside(self.method, 'text')
+        if n_visual and vision == 'read': backbone.inside(self.method, 'image')
         self.learns_text, self.learns_image = n_ctx > 0, n_visual > 0
         text_depth = check_depth(depth_text, backbone.text_layers, 'text')
         image_depth = check_depth(depth_vision, backbone.vision_layers, 'image')

@@ -41,7 +41,7 @@ def _first_words(backbone:Backbone, words:str|None, n:int) -> str|None:
     "The first n words if they are n tokens, as the repository's are; None: placeholders"
     if words is None: return None
     first = ' '.join(words.replace('_', ' ').split()[:n])
-    return first if len(backbone.tokenizer.encode(first)) == n else None
+    return first if len(backbone.words.encode(first)) == n else None
 
 def _linear(d_in:int, d_out:int, seed:int) -> nn.Linear:
     with torch.random.fork_rng(devices=[]):

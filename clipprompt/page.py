@@ -167,6 +167,7 @@ class Answers:
         methods = [m.eval() for m in self.learners.values()]
         self.names = numbered([m.method for m in methods], '-')
         self.clip, self.lock = methods[0].backbone, Lock()
+        self.clip.inside('the page', 'image')   # it shows where CLS looks
         self.task = repr(pictures).partition(':')[0] if isinstance(pictures, DataSet) else ''
         with torch.no_grad(): self.texts = [m.text_features() for m in methods]
         white = Image.new('RGB', (self.clip.image_size,)*2, 'white')

@@ -182,7 +182,7 @@ def _to_tensor(backbone, raw:bool) -> list:
 
 # %% ../nbs/03b_pictures.ipynb #04-122
 def train_transform(
-    backbone,               # gives size, interpolation, mean and std
+    backbone,               # gives size, resizing, mean and std
     crop_scale=(0.08, 1.0), # share of the picture's area that a crop keeps
     flip:bool=True,         # mirror every second picture
     randaugment:tuple|None=None, # (operations, magnitude), such as (2, 9)
@@ -196,9 +196,12 @@ def train_transform(
     return T.Compose(steps + _to_tensor(backbone, raw))
 
 def test_transform(backbone, raw:bool=False) -> T.Compose:
-    "Shorter side to size, centre crop, tensor, normalise"
-    resize = T.Resize(backbone.image_size, T.InterpolationMode(backbone.interpolation))
-    return T.Compose([resize, T.CenterCrop(backbone.image_size), *_to_tensor(backbone, raw)])
+    "As the weights want it: shorter side to size and centre crop, or squashed; tensor, normalise"
+    size, how = backbone.image_size, T.InterpolationMode(backbone.interpolation)
+    squash = [T.Resize((size, size), how)]
+    cut = [T.Resize(size, how), T.CenterCrop(size)]
+    steps = squash if backbone.resize_mode == 'squash' else cut
+    return T.Compose([*steps, *_to_tensor(backbone, raw)])
 
 test_transform.__test__ = False # its name would make pytest take it for a test
 

@@ -11,7 +11,7 @@ from time import perf_counter
 import pandas as pd
 import torch
 
-from .backbone import Backbone
+from .backbone import MORE_SEEDS, Backbone
 from .coop import CoOp
 from .data import PICTOGRAM_TEMPLATES, SUITE
 from .methods import BOOK, find_method
@@ -51,10 +51,13 @@ def plan() -> dict[str, list[Run]]: # part -> runs, in the order in which they a
     everyone = [cls.method for cls in BOOK]
     main = [run for seed in (1, 2, 3) for run in grid(everyone, worlds, seeds=[seed], curve=True)]
     halves = [run for h in (1, 2) for run in grid(FEW, worlds, seeds=[1], halves=h)]
+    backbones = [run for weights in MORE_SEEDS
+                 for run in grid(FEW, worlds, seeds=[1], pretrained=weights)]
     return dict(
         main=main,
         controls=grid(controls(), worlds, seeds=[1]),
         halves=halves,
+        backbones=backbones,
         shots=grid(FEW, ['pictograms/arrows', 'pictograms/devices'], ['few-shot'],
                    [1, 2, 4, 8, 16]),
         cross=grid(FEW, ['pictograms/general'], ['cross'], seeds=[1]),

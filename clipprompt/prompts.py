@@ -54,12 +54,14 @@ class Prompts(Given, nn.Module):
 # %% ../nbs/02_prompts.ipynb #02-015
 def phrase_tokens(backbone:Backbone, phrase:str) -> Tensor: # [M, D_t]
     "Embeddings of a phrase's tokens, without SOT and EOT; underscores count as spaces"
-    ids = backbone.tokenize([phrase.replace('_', ' ')])[0]
-    m = int(ids.argmax())-1
-    if m < 1:
+    text = phrase.replace('_', ' ')
+    backbone.tokenize([text])                          # does it fit?
+    ids = backbone.words.encode(text)
+    if not ids:
         raise ValueError('the initial phrase is empty; give words such as "a photo of a", '
                          'or None for a random start')
-    return backbone.embed(ids[1:1+m]).detach().clone()
+    ids = torch.tensor(ids, device=backbone.device)
+    return backbone.embed(ids).detach().clone()
 
 # %% ../nbs/02_prompts.ipynb #02-017c
 AUTO = 'auto' # the words with which CLIP's captions begin, where they fit, else noise
@@ -120,7 +122,7 @@ class Sentences:
     def of(cls, backbone:Backbone, texts:list[str]) -> 'Sentences':
         "Finished texts: no slots"
         ids = backbone.tokenize(texts)
-        return cls(ids, ids.new_zeros(len(ids), 0), ids.argmax(-1))
+        return cls(ids, ids.new_zeros(len(ids), 0), backbone.ends(ids))
 
     def to(self, device) -> 'Sentences':
         "The same on a device, with what is known of them"
@@ -246,27 +248,40 @@ def clean_names(classnames) -> list[str]:
     return names
 
 # %% ../nbs/02_prompts.ipynb #02-027
-def _order(position:str, M:int, n_name:int, length:int) -> list[int]:
-    "Old positions in their new order"
-    context, name, half = list(range(1, M+1)), list(range(M+1, M+1+n_name)), M//2
-    head = {'end': context + name,
-            'middle': context[:half] + name + context[half:],
-            'front': name + context}[position]
-    return [0, *head, *range(M+1+n_name, length)]
+def _pieces(backbone, words:str, name:str, behind:str, n_ctx:int|None) -> tuple[list, list, list]:
+    "Ids of the words, of the name as it is read behind them, and of what follows"
+    encode = backbone.words.encode
+    front = encode(words)
+    whole, named = encode(f'{words} {name}{behind}'), encode(f'{words} {name}')
+    if whole[:len(front)] != front:
+        raise ValueError(f'"{words}" is read otherwise before "{name[:40]}" than alone; '
+                         'choose words that end where a word ends')
+    end = len(named)
+    context = front if n_ctx is None else front[:1]*n_ctx
+    return context, whole[len(front):end], whole[end:]
 
-def _check_room(backbone, names, words, n_ctx, position, behind='.'):
-    encode, room = backbone.tokenizer.encode, backbone.context_length
-    held = len(encode(words))
+def _ordered(position:str, context:list, name:list, tail:list, M:int) -> tuple[list, list]:
+    "Ids of a sentence, and which of them are slots"
+    half = M//2
+    ids, where = {
+        'end': (context + name + tail, range(M)),
+        'middle': (context[:half] + name + context[half:] + tail,
+                   [*range(half), *range(half+len(name), M+len(name))]),
+        'front': (name + context + tail, range(len(name), len(name)+M))}[position]
+    return ids, list(where)
+
+def _check_held(words:str, held:int, n_ctx:int, position:str):
     if n_ctx > held: raise ValueError(f'"{words}" holds {held} places, not {n_ctx}; '
                                       'give more words or fewer prompt tokens')
     if n_ctx < held and position != 'end':
         raise ValueError("words longer than the slots work with position 'end' only, "
                          f"not '{position}'")
-    for n in names:
-        need = len(encode(f'{words} {n}{behind}')) + 2  # with SOT and EOT
-        if need > room:
-            raise ValueError(f"class '{n[:40]}' with {n_ctx} prompt tokens needs {need} places but "
-                             f'the context holds {room}; shorten the name or the prompt')
+
+def _check_room(backbone, name:str, ids:list, n_ctx:int):
+    need, room = len(ids) + backbone.words.frame.size, backbone.context_length
+    if need > room:
+        raise ValueError(f"class '{name[:40]}' with {n_ctx} prompt tokens needs {need} places but "
+                         f'the context holds {room}; shorten the name or the prompt')
 
 # %% ../nbs/02_prompts.ipynb #02-027c
 def place(
@@ -283,13 +298,15 @@ def place(
     """
     if position not in ('end', 'middle', 'front'):
         raise ValueError(f"unknown position '{position}'; use 'end', 'middle' or 'front'")
-    words = (words or ' '.join('X'*n_ctx)).replace('_', ' ')
-    names = clean_names(classnames)
-    _check_room(backbone, names, words, n_ctx, position, behind)
-    ids = backbone.tokenize([f'{words} {n}{behind}' for n in names])                # [C, L]
-    lengths = [len(backbone.tokenizer.encode(n)) for n in names]
-    orders = [_order(position, n_ctx, n, ids.shape[1]) for n in lengths]
-    order = torch.tensor(orders, device=ids.device)                          # [C, L]
-    is_slot = (order >= 1) & (order <= n_ctx)
-    slots = is_slot.nonzero()[:, 1].view(len(ids), n_ctx)                    # [C, M]
-    return Sentences(ids.gather(1, order), slots, ids.argmax(-1))
+    given, words = words, (words or 'X').replace('_', ' ')
+    if given: _check_held(words, len(backbone.words.encode(words)), n_ctx, position)
+    contents, slots, frame = [], [], backbone.words.frame
+    for name in clean_names(classnames):
+        pieces = _pieces(backbone, words, name, behind, None if given else n_ctx)
+        ids, where = _ordered(position, *pieces, n_ctx)
+        _check_room(backbone, name, ids, n_ctx)
+        contents.append(ids)
+        slots.append([len(frame.lead)+i for i in where])
+    ids = frame.rows(contents, backbone.context_length).to(backbone.device)          # [C, L]
+    slots = torch.tensor(slots, device=ids.device).view(len(ids), n_ctx)             # [C, M]
+    return Sentences(ids, slots, backbone.ends(ids))

@@ -15,7 +15,7 @@ from pathlib import Path
 from .backbone import Backbone, load_backbone
 from .data import DataSet
 from .learner import Recipe
-from .methods import find_method
+from .methods import find_method, must_fit
 from .protocols import Method, apart, protocol, usual_shots
 from .protocols import usual_targets, usual_task
 from .records import mark_of, run_id
@@ -196,8 +196,13 @@ def load_run(run:Run,
 def check_runs(runs:list[Run], store:Store):
     """Load all weights and data once
 
-    Raises ValueError or OSError where that cannot be done, or where two data sets have one name.
+    Raises ValueError or OSError where that cannot be done, where a method does not fit a backbone,
+    or where two data sets have one name.
     """
+    models = defaultdict(list)     # -> its methods, each once
+    for r in {(r.backbone, r.name): r for r in runs}.values(): models[r.backbone].append(r)
+    for model, some in models.items():
+        must_fit([planned(r, r.task.partition('/')[0]) for r in some], model)
     for run in {(r.backbone, r.pretrained, r.precision, r.device): r for r in runs}.values():
         store.backbone(run)
     named = []                     # (task, protocol, root, skip_broken, halves)

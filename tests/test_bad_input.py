@@ -24,7 +24,7 @@ from clipprompt.files import write_safely
 from clipprompt.learner import Recipe, read_prompts
 from clipprompt.prompts import phrase_tokens
 from clipprompt.protocols import PROTOCOLS, protocol
-from clipprompt.methods import find_method, load as load_prompts
+from clipprompt.methods import find_method, load as load_prompts, must_fit
 from clipprompt.report import compare
 from clipprompt.evaluation import evaluate
 from clipprompt.training import fit
@@ -205,11 +205,12 @@ def test_unknown_name_in_python(call, says):
     one_line(e, *says)
 
 
-def test_backbone_without_a_vit():
+def test_image_prompts_for_a_resnet():
+    "Before weights are looked for: there is no network here"
     with pytest.raises(ValueError) as e:
-        build_backbone(dict(TINY, vision_cfg=dict(layers=(1, 1, 1, 1), width=8, image_size=32)),
-                       name='resnet')
-    one_line(e, 'resnet', 'ViT', 'use')
+        must_fit([find_method('coop'), find_method('vpt')], 'RN50')
+    one_line(e, 'RN50', 'no sequence of transformer blocks', 'CoOp')
+    must_fit([find_method('coop')], 'RN50')
 
 
 # ---- places that cannot be written ---------------------------------------------------------------

@@ -32,7 +32,7 @@ from clipprompt.pictures import (DOMAINS, DataError, DataNotFound, Files, Item, 
 from clipprompt.sets import TASKS, load_dataset, split_name
 
 CLIP = SimpleNamespace(image_size=32, mean=(.48, .46, .41), std=(.27, .26, .28),
-                       interpolation='bicubic')
+                       interpolation='bicubic', resize_mode='shortest')
 
 
 def picture(seed=0, size=(20, 20)):

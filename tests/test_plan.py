@@ -29,6 +29,7 @@ def test_other_parts_change_one_thing():
     parts = plan()
     assert {r.halves for r in parts['halves']} == {1, 2}
     assert {r.name for r in parts['halves']} == {r.name for r in parts['shots']} == set(FEW)
+    assert {r.pretrained for r in parts['backbones']} == {'seed1', 'seed2'}
     assert {r.shots for r in parts['shots']} == {1, 2, 4, 8, 16}
     assert [r.protocol for r in parts['cross']+parts['domain']] == \
         ['cross']*len(FEW)+['domain']*len(FEW)
@@ -52,10 +53,11 @@ def test_a_control_is_a_tuned_method_but_for_its_arguments():
 def test_what_was_planned_is_what_is_stored(part):
     "No run more, none less, none twice"
     def told(task): return task.removeprefix('pictograms/')
-    planned = Counter((r.name, told(r.task), r.protocol, r.shots, r.seed, r.halves)
-                      for r in plan()[part])
-    columns = ['method', 'task', 'protocol', 'shots', 'seed', 'halves']
-    assert Counter(stored(part)[columns].itertuples(index=False, name=None)) == planned
+    planned = Counter((r.name, told(r.task), r.protocol, r.shots, r.seed, r.halves,
+                       r.pretrained or '') for r in plan()[part])
+    columns = ['method', 'task', 'protocol', 'shots', 'seed', 'halves', 'pretrained']
+    rows = stored(part)[columns].fillna('')
+    assert Counter(rows.itertuples(index=False, name=None)) == planned
 
 
 def test_expected_seconds_by_hand():

@@ -38,7 +38,7 @@ SHELF = next((p for p in (Path(os.environ.get('CLIPPROMPT_DATA') or '/nowhere'),
 needs_archives = pytest.mark.skipif(
     SHELF is None, reason='caltech101.tar is neither in ../shared/datasets nor in $CLIPPROMPT_DATA')
 CLIP = SimpleNamespace(image_size=32, mean=(.48, .46, .41), std=(.27, .26, .28),
-                       interpolation='bicubic')
+                       interpolation='bicubic', resize_mode='shortest')
 PARTS = ('train', 'val', 'test')
 
 def png():

@@ -155,7 +155,8 @@ def test_tensors_become_a_data_set():
 
 
 def test_a_loader_reads_in_another_process():
-    clip = type('', (), dict(image_size=8, interpolation='bicubic', mean=[0]*3, std=[1]*3))
+    clip = type('', (), dict(image_size=8, interpolation='bicubic', resize_mode='shortest',
+                                mean=[0]*3, std=[1]*3))
     data = as_dataset(held(), NAMES)
     pictures = data.pictures('train', test_transform(clip))
     alone, beside = [list(DataLoader(pictures, 4, num_workers=n)) for n in (0, 1)]
