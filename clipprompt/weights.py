@@ -6,7 +6,7 @@
 __all__ = ['read_weights', 'as_open_clip', 'fits', 'misfit']
 
 # %% ../nbs/00b_weights.ipynb #00b-imports
-import hashlib, math, pickletools, re, zipfile
+import hashlib, pickletools, re, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,14 +31,12 @@ _TYPES = dict(Double='float64', Float='float32', Half='float16', BFloat16='bfloa
               Int='int32', Short='int16', Char='int8', Byte='uint8', Bool='bool')
 _STORAGES = {f'torch.{t}Storage': getattr(torch, dtype) for t, dtype in _TYPES.items()}
 _REBUILD = 'torch._utils._rebuild_tensor_v2'
-_LISTS = ('build_intlist', 'build_doublelist', 'build_boollist', 'build_tensorlist',
-          'restore_type_tag')
-_HARMLESS = {'collections.OrderedDict', _REBUILD, *_STORAGES,
-             *(f'torch.jit._pickle.{name}' for name in _LISTS)}
+_HARMLESS = {'collections.OrderedDict', 'torch.jit._pickle.restore_type_tag', _REBUILD, *_STORAGES}
+_OWN = '__torch__.', 'torch.jit._pickle.build_'  # classes of the archive, lists
 
 def _name(asked:str) -> _Asked: # 'module name', as a pickle writes it
     name = asked.replace(' ', '.')
-    if name in _HARMLESS or name.startswith('__torch__.'): return _Asked(name)
+    if name in _HARMLESS or name.startswith(_OWN): return _Asked(name)
     raise _Bad(f'asks for {name[:60]!r}, which no weights need, so nothing of it was run or kept; '
                'get the weights again from those who made them, best as a .safetensors file')
 
@@ -98,6 +96,7 @@ class _Archive:
         return self.members.read(member)
 
     def storage(self, kind:_Asked, key:str) -> Tensor: # one dimension
+        if not key.isdigit(): raise _Bad('is damaged: a storage has no number; get it again')
         if key not in self.storages:
             data, dtype = bytearray(self.read(f'data/{key}')), _STORAGES[kind.what]
             none = torch.empty(0, dtype=dtype)
@@ -107,8 +106,10 @@ class _Archive:
     def tensor(self, asked:_Asked) -> Tensor:
         stored, offset, size, stride = asked.args[:4]
         flat = self.storage(*stored.args[1:3])
-        if math.prod(size) > len(flat): raise _Bad('is damaged: numbers are missing; get it again')
-        return flat.as_strided(size, stride, offset)
+        try: found = flat.as_strided(size, stride, offset)
+        except RuntimeError: raise _Bad('is damaged: numbers are missing; get it again') from None
+        if found.numel() <= len(flat): return found
+        raise _Bad('is damaged: it makes more numbers than there are; get it again')
 
 # %% ../nbs/00b_weights.ipynb #00b-017
 _CLASS = re.compile(r'^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n'
@@ -153,9 +154,10 @@ def _contents(path:Path):
     if _is_torchscript(path):
         with zipfile.ZipFile(path) as z:
             return _tensors(_Archive(z, path.stat().st_size + 2**24))
-    with open(path, 'rb') as f: start = f.read(9)
-    if start[8:] == b'{': return load_file(path)
-    return torch.load(path, 'cpu', weights_only=True)
+    with open(path, 'rb') as f:
+        if f.read(9)[8:] == b'{': return load_file(path)
+        f.seek(0)  # an open file has no name, by which torch would choose a reader
+        return torch.load(f, 'cpu', weights_only=True)
 
 # %% ../nbs/00b_weights.ipynb #00b-022
 # No weights, though OpenAI's files and TorchScript list them too
@@ -292,6 +294,6 @@ def misfit(
                 f"load_backbone('{other}', '{path}')")
     how = 'of another shape' if off[0] in want else 'foreign'
     if off[0] not in weights: how = 'missing'
-    return (f'{path} does not hold the weights of {name}: {off[0][:60]} is {how}, the first of '
-            f'{len(off)} faults in {len(want)} tensors; '
-            'get the whole file, or give the name of the model that it belongs to')
+    more = f', and {len(off)-1} more are wrong' if off[1:] else ''
+    return (f'{path} does not hold the weights of {name}: of {len(want)} tensors {off[0][:60]} is '
+            f'{how}{more}; get the whole file, or give the name of the model that it belongs to')
