@@ -157,7 +157,10 @@ def _contents(path:Path):
     with open(path, 'rb') as f:
         if f.read(9)[8:] == b'{': return load_file(path)
         f.seek(0)  # an open file has no name, by which torch would choose a reader
-        return torch.load(f, 'cpu', weights_only=True)
+        try: return torch.load(f, 'cpu', weights_only=True)
+        except Exception as e:  # a damaged pickle raises any
+            raise _Bad('is damaged or holds pickled objects besides tensors, which are never '
+                       f'opened ({type(e).__name__}); get it again, best as a .safetensors file')
 
 # %% ../nbs/00b_weights.ipynb #00b-022
 # No weights, though OpenAI's files and TorchScript list them too
@@ -178,10 +181,8 @@ def read_weights(
     if not path.is_file(): raise ValueError(f'there is no file {path}; check its name and folder')
     try: table = _contents(path)
     except _Bad as e: raise ValueError(f'{path} {e}') from None
-    except Exception as e:  # each format has errors of its own, a damaged pickle any
-        raise ValueError(f'{path} is damaged or holds pickled objects besides tensors, which are '
-                         f'never opened ({type(e).__name__}); get it again, best as a '
-                         '.safetensors file') from None
+    except Exception as e:  # each format has errors of its own
+        raise ValueError(f'{path} is damaged ({type(e).__name__}); get it again') from None
     table = table.get('state_dict', table) if isinstance(table, dict) else {}
     weights = {}
     for k, v in table.items():
@@ -225,12 +226,12 @@ def as_open_clip(weights:dict[str, Tensor]) -> dict[str, Tensor]:
     for q in [name for name in out if '.self_attn.q_proj.' in name]:
         three = [q.replace('.q_proj.', f'.{x}_proj.') for x in 'qkv']
         shapes = {out[name].shape if name in out else None for name in three}
-        if len(shapes) > 1: continue  # one is missing or damaged: it will be missed by name
+        if len(shapes) > 1 or () in shapes: continue  # damaged: they will be missed by name
         merged = torch.cat([out.pop(name) for name in three])  # [3 D, D] or [3 D]
         out[q.replace('.self_attn.q_proj.', '.attn.in_proj_')] = merged
     for old, new in (('text_projection', 'text_projection'), ('visual_projection', 'visual.proj')):
-        projection = out.pop(f'{old}.weight', None)
-        if projection is not None: out[new] = projection.mT.contiguous()  # [D, E]
+        is_matrix = getattr(out.get(f'{old}.weight'), 'ndim', 0) == 2
+        if is_matrix: out[new] = out.pop(f'{old}.weight').T.contiguous()  # [D, E]
     return out
 
 # %% ../nbs/00b_weights.ipynb #00b-034

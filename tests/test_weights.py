@@ -374,6 +374,10 @@ def test_no_weight_files(tmp_path):
         (tmp_path/'w.bin').write_bytes(data)
         with pytest.raises(ValueError) as e: read_weights(tmp_path/'w.bin')
         one_line(e, 'w.bin', 'damaged', 'get it again')
+    save_file(dict(a=torch.ones(9)), tmp_path/'w.bin')
+    (tmp_path/'w.bin').write_bytes((tmp_path/'w.bin').read_bytes()[:-3])
+    with pytest.raises(ValueError) as e: read_weights(tmp_path/'w.bin')
+    assert 'pickled' not in one_line(e, 'w.bin', 'damaged (SafetensorError)', 'get it again')
 
 
 # ---- names of transformers -----------------------------------------------------------------------
@@ -437,7 +441,9 @@ def test_strange_names_stay():
     v, q = torch.zeros(2, 2), 'text_model.encoder.layers.0.self_attn.q_proj.weight'
     known = {'vision_model.embeddings.class_embedding': v[0]}
     for more in ({'vision_model.head.probe': v}, {'logit_bias': v[0]}, {q: v},
-                 {q: v, q.replace('q_', 'k_'): v, q.replace('q_', 'v_'): v[:1]}):
+                 {q: v, q.replace('q_', 'k_'): v, q.replace('q_', 'v_'): v[:1]},
+                 {q.replace('q_', f'{x}_'): torch.tensor(1.) for x in 'qkv'},
+                 {'visual_projection.weight': v[0]}):
         out = as_open_clip(known | more)
         assert len(out) == 1+len(more)
         assert all(any(o is t for o in out.values()) for t in more.values())
