@@ -7,7 +7,7 @@ __all__ = ['MORE_SEEDS', 'assets', 'Takes', 'UnfitError', 'takes', 'Frame', 'Wor
            'find_device', 'load_backbone', 'backbones']
 
 # %% ../nbs/01_backbone.ipynb #01-003
-import difflib, hashlib, json, zipfile
+import difflib, hashlib, json
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -18,12 +18,12 @@ import open_clip
 import torch
 from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
 import clipprompt
+from .weights import as_open_clip, misfit, read_weights
 
 # %% ../nbs/01_backbone.ipynb #01-007
 def assets() -> Path:
@@ -99,9 +99,10 @@ def _image_brings(visual) -> str:
 # %% ../nbs/01_backbone.ipynb #01-013b
 def _brings(model:nn.Module, name:str) -> Takes:
     "The same as `takes`, told from a model that is already built"
-    if not hasattr(model, 'encode_text') or not hasattr(model, 'logit_scale'):
-        raise ValueError(f"'{name}' is no CLIP of open_clip: it has no encode_text or no "
-                         'logit_scale; build it with open_clip.create_model')
+    sealed = isinstance(model, torch.jit.ScriptModule)
+    if sealed or not hasattr(model, 'encode_text') or not hasattr(model, 'logit_scale'):
+        raise ValueError(f"'{name}' is no CLIP of open_clip whose modules can be opened; build it "
+                         'with open_clip.create_model, or load its weights from a file')
     size = getattr(model.visual, 'image_size', (0, 0))
     if not isinstance(size, int) and size[0] != size[1]:
         raise ValueError(f"backbone '{name}' reads pictures of {size[0]} x {size[1]} pixels; "
@@ -387,50 +388,16 @@ def _picto_clip_file(pretrained:str|Path|None) -> Path:
                      'file of the picto-clip chapter, or name another model '
                      '(--backbone ViT-B-16)')
 
-# %% ../nbs/01_backbone.ipynb #01-027
-def _is_torchscript(path:Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as z: names = z.namelist()
-    except (OSError, zipfile.BadZipFile): return False
-    return any(n.endswith('/constants.pkl') for n in names)
-
-# No weights, though OpenAI's files and TorchScript list them too
-_BESIDES = 'input_resolution', 'context_length', 'vocab_size', 'attn_mask', 'text.attn_mask'
-
-def _weights(path:Path) -> dict[str, Tensor]:
-    "The tensors of a weight file by name. Whatever else the file holds is never run"
-    if _is_torchscript(path):
-        raise ValueError(f"{path} is a TorchScript program, not a table of tensors; for OpenAI's "
-                         "weights give the tag 'openai', else save model.state_dict() with "
-                         'safetensors.torch.save_file and pass that file')
-    safe = path.suffix == '.safetensors'
-    try: weights = load_file(path) if safe else torch.load(path, 'cpu', weights_only=True)
-    except Exception as e:  # each format has errors of its own, a damaged pickle any
-        pickled = ' or holds pickled objects besides tensors, which are never opened'
-        why = 'is damaged' + ('' if safe else pickled)
-        raise ValueError(f'{path} {why} ({type(e).__name__}); '
-                         'get it again, best as a .safetensors file') from None
-    # Training checkpoints keep more than the model
-    weights = weights.get('state_dict', weights) if isinstance(weights, dict) else {}
-    # 'module.' was written by parallel training
-    weights = {k.removeprefix('module.'): v for k, v in weights.items() if isinstance(v, Tensor)}
-    return {k: v for k, v in weights.items() if k not in _BESIDES}
-
 # %% ../nbs/01_backbone.ipynb #01-027c
 def _fill(backbone:Backbone, weights:dict[str, Tensor], path:Path, name:str):
     "Put the tensors of a file into a model; all of them must fit"
     want = backbone.model.state_dict()
     fitted = {}
-    for k, v in weights.items():
+    for k, v in as_open_clip(weights).items():
         is_number = k in want and v.numel() == want[k].numel() == 1
         fitted[k] = v.reshape(want[k].shape) if is_number else v
-    off = [k for k, v in want.items() if k not in fitted or fitted[k].shape != v.shape]
-    off += [k for k in fitted if k not in want]
-    if off:
-        more = f', as are {len(off)-1} more tensors' if off[1:] else ''
-        raise ValueError(f'{path} does not hold the weights of {name}: {off[0][:60]} is missing, '
-                         f'foreign or of another shape{more}; '
-                         'give the name of the model that they belong to')
+    wrong = misfit(path, name, fitted, want)
+    if wrong: raise ValueError(wrong)
     backbone.model.load_state_dict(fitted)
 
 # %% ../nbs/01_backbone.ipynb #01-029
@@ -504,7 +471,7 @@ def _open_clip(name:str, pretrained:str|Path|None) -> Backbone:
     cfg, tag = open_clip.get_model_config(name), _tag(name, pretrained)
     path = Path(pretrained).expanduser()
     from_file = not tag and pretrained != 'random'
-    weights = _weights(path) if from_file else None
+    weights = read_weights(path) if from_file else None
     if 'quick_gelu' in tag: cfg['quick_gelu'] = tag['quick_gelu']
     words = _tokenizer(name, cfg['text_cfg'], path if from_file else None)
     if 'hf_model_name' in cfg['text_cfg']: cfg['text_cfg']['hf_model_pretrained'] = False

@@ -208,7 +208,7 @@ def test_every_name_of_open_clip():
     ids='linear dict'.split())
 def test_no_clip_at_all(model):
     with pytest.raises(ValueError) as e: Backbone(model)
-    one_line(e, 'custom', 'no CLIP of open_clip', 'create_model')
+    one_line(e, 'custom', 'no CLIP of open_clip', 'create_model', 'from a file')
 
 
 def test_blocks_of_another_make():
@@ -301,17 +301,6 @@ def test_pickle_is_never_run(mine, tmp_path, name, wrap, new):
     assert not (tmp_path/'harmed').exists()
 
 
-@pytest.mark.filterwarnings('ignore')
-def test_torchscript(mine, tmp_path):
-    scripted = torch.jit.script(mine.model)
-    scripted.save(tmp_path/'w.pt')
-    with pytest.raises(ValueError) as e: load_backbone('mine', tmp_path/'w.pt')
-    one_line(e, 'w.pt', 'TorchScript', "tag 'openai'", 'save_file')
-    save_file(scripted.state_dict(), tmp_path/'w.safetensors')   # the cure
-    assert load_backbone('mine', tmp_path/'w.safetensors',
-                         device='cpu').fingerprint == mine.fingerprint
-
-
 @pytest.mark.parametrize('name', ['w.safetensors', 'w.pt'])
 def test_truncated(mine, tmp_path, name):
     (save_file if name == 'w.safetensors' else torch.save)(mine.model.state_dict(), tmp_path/name)
@@ -325,24 +314,17 @@ def test_truncated(mine, tmp_path, name):
 @pytest.mark.parametrize('change,says',
                          [(lambda sd: {k: v
                                        for k, v in sd.items()
-                                       if k != 'ln_final.weight'}, ['ln_final.weight is missing,']),
+                                       if k != 'ln_final.weight'}, ['ln_final.weight is missing;']),
                           (lambda sd: sd | {'extra': torch.zeros(2)}, ['extra is']),
                           (lambda sd: sd | {'visual.proj': torch.zeros(3, 3)}, ['visual.proj is']),
-                          (lambda sd: {}, ['more tensors']),
                           (lambda sd: sd | {'visual.positional_embedding': torch.zeros(50, 32)},
                            ['visual.positional_embedding'])],
-                         ids='missing foreign shape empty grid'.split())
+                         ids='missing foreign shape grid'.split())
 def test_weights_of_another_model(mine, tmp_path, change, says):
     for name, write in (('w.safetensors', save_file), ('w.pt', torch.save)):
         write(change(mine.model.state_dict()), tmp_path/name)
         with pytest.raises(ValueError) as e: load_backbone('mine', tmp_path/name)
         one_line(e, name, 'the weights of mine', *says, 'give the name')
-
-
-def test_no_table_of_tensors(mine, tmp_path):
-    torch.save([torch.zeros(2)], tmp_path/'w.pt')
-    with pytest.raises(ValueError) as e: load_backbone('mine', tmp_path/'w.pt')
-    one_line(e, 'w.pt', 'the weights of mine')
 
 
 def test_no_file(mine, tmp_path):

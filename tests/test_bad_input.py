@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from clipprompt import backbone as backbone_module
-from clipprompt.backbone import assets, build_backbone, load_backbone
+from clipprompt.backbone import assets, load_backbone
 from clipprompt.coop import CoOp, nearest_words
 from clipprompt.sets import load_dataset
 from clipprompt.files import write_safely
@@ -29,7 +29,7 @@ from clipprompt.report import compare
 from clipprompt.evaluation import evaluate
 from clipprompt.training import fit
 from clipprompt.zeroshot import LinearProbe, ZeroShot
-from helpers import TINY, one_line, refused, shapes, tiny_clip, works
+from helpers import one_line, refused, shapes, tiny_clip, works
 
 NAMES = ['disc', 'two bars', 'cross', 'ring']
 
