@@ -370,7 +370,7 @@ def _picto_clip(path:Path) -> Backbone:
                     interpolation=meta['interpolation'], phrase='an icon of a')
 
 # %% ../nbs/01_backbone.ipynb #01-025c
-MORE_SEEDS = 'seed1', 'seed2'
+MORE_SEEDS = 'seed1',
 
 def _picto_clip_file(pretrained:str|Path|None) -> Path:
     "Where the weights are: those of the package, of another training of ours, or of a file"
@@ -505,7 +505,7 @@ def _source(pretrained:str|Path|None) -> str|None:
 def load_backbone(
     name:str='picto-clip',   # 'picto-clip', or a model of open_clip such as 'ViT-B-16'
     pretrained:str|Path|None=None, # open_clip's tag ('openai', ...), a file of tensors, 'random';
-                             # of picto-clip: another training ('seed1', 'seed2') or its file
+                             # of picto-clip: another training ('seed1') or its file
     device:str|None=None,    # cuda where there is one, else cpu
     dtype:torch.dtype=torch.float32,
     precision:str|None=None, # 'bf16' or 'fp16' for the towers; prompts and loss stay in `dtype`
@@ -545,5 +545,6 @@ def backbones() -> list[dict]:
         rows.append(dict(
             name=name, family=family[0] if family else 'CLIP', tags=tags[name], text=what.text,
             image=what.image, tokenizer='transformers' if extra else 'CLIP', extra=extra,
-            context=text.get('context_length', 77), pixels=cfg['vision_cfg'].get('image_size', 224)))
+            context=text.get('context_length', 77),
+            pixels=cfg['vision_cfg'].get('image_size', 224)))
     return rows
