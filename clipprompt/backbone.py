@@ -9,6 +9,7 @@ __all__ = ['MORE_SEEDS', 'assets', 'Takes', 'UnfitError', 'takes', 'Frame', 'Wor
 # %% ../nbs/01_backbone.ipynb #01-003
 import difflib, hashlib, json
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -319,10 +320,10 @@ class Backbone:
 
     def __deepcopy__(self, memo) -> 'Backbone': return self  # frozen: copies of a learner share it
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self):
         "What the frozen towers run in: half precision if `precision` asks for it"
         half = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.precision)
-        return torch.autocast(self.device.type, half, enabled=half is not None)
+        return torch.autocast(self.device.type, half) if half else nullcontext()
 
     @cached_property
     def fingerprint(self) -> str:

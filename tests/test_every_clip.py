@@ -2,10 +2,12 @@
 
 Small members of each family with random weights, built by open_clip itself.
 """
+import json
 import threading
 
 import numpy as np
 import open_clip
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -24,7 +26,7 @@ from clipprompt.pictures import test_transform as transform
 from clipprompt.prompts import Given, Prompts, Sentences, phrase_tokens, place
 from clipprompt.slots import whole_image, whole_text
 from clipprompt.towers import TextTower, VisionTower
-from helpers import TINY, one_line
+from helpers import TINY, one_line, refused, works
 
 NAMES = ['cat', 'traffic light', 'a much longer name']
 BOTH = dict(no_causal_mask=True, pool_type='last')
@@ -460,3 +462,54 @@ def test_a_class_of_zero_width_is_no_prompt(built):
     with pytest.raises(ValueError) as e: Mine(built('convnext'), NAMES)
     one_line(e, 'convnext', 'image prompts cannot enter')
     assert F.normalize(CoOp(built('convnext'), NAMES).text_features(), dim=-1).shape[0] == 3
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+@pytest.fixture
+def small_names(monkeypatch):
+    "Names of open_clip, with towers of a size that a test can run"
+    known = open_clip.factory._MODEL_CONFIGS
+    rn = family(dict(layers=(1, 1, 1, 1), width=8, patch_size=None, image_size=64))
+    monkeypatch.setitem(known, 'RN50', rn)
+    text = BOTH | dict(context_length=32, vocab_size=40, hf_tokenizer_name='some/where',
+                       tokenizer_kwargs=dict(clean='canonicalize'))
+    siglip = family(dict(timm_model_name='vit_tiny_patch16_224', timm_pool='map',
+                         timm_proj='none'), text, embed_dim=192)
+    monkeypatch.setitem(known, 'ViT-B-16-SigLIP2', siglip)
+    return dict(rn=rn, siglip=siglip)
+
+
+@pytest.mark.parametrize('methods', ['zero-shot,coop,tip-adapter', 'vpt'])
+def test_a_resnet_in_the_command_line(methods, small_names, tmp_path):
+    clip = build_backbone(small_names['rn'])
+    save_file(clip.model.state_dict(), tmp_path/'w.safetensors')
+    args = ('compare', '--backbone', 'RN50', '--pretrained', tmp_path/'w.safetensors', '--methods',
+            methods, '--task', 'arrows', '--quick', '--protocol', 'few-shot', '--out', tmp_path/'o')
+    if methods == 'vpt': return refused(*args, says=['RN50', 'image prompts cannot enter'])
+    works(*args)
+    rows = pd.read_csv(tmp_path/'o'/'results.csv')
+    assert set(rows.method) == set(methods.split(',')) and rows.accuracy.notna().all()
+    assert set(rows.backbone) == {'RN50/w'}
+
+
+def test_siglip_in_the_command_line(small_names, tmp_path):
+    "Its tokenizer lies beside the weights; a prompt file finds its way back"
+    tokenizer = hf_tokenizer('gemma', tmp_path/'hub', 32)
+    clip = build_backbone(small_names['siglip'], tokenizer=tokenizer)
+    weights = tmp_path/'hub'/'w.safetensors'
+    save_file(clip.model.state_dict(), weights)
+    what = ('--backbone', 'ViT-B-16-SigLIP2', '--pretrained', weights)
+    works('compare', *what, '--methods', 'zero-shot,coop', '--task', 'arrows', '--quick',
+          '--out', tmp_path/'o')
+    rows = pd.read_csv(tmp_path/'o'/'results.csv')
+    assert set(rows.method) == {'zero-shot', 'coop'} and rows.h.notna().all()
+    works('train', 'arrows', *what, '--shots', 2, '--epochs', 1, '--out', tmp_path/'p.safetensors')
+    works('evaluate', tmp_path/'p.safetensors', 'arrows', '--pretrained', weights)
+    refused('compare', *what, '--methods', 'map-dafe', '--task', 'arrows',
+            says=['map-dafe', "CLIP's own towers"])
+
+
+def test_the_list_of_backbones():
+    rows = json.loads(works('backbones', '--json').out)['backbones']
+    assert rows == backbones() and 'ViT-B-16-SigLIP2' in works('backbones').out
