@@ -192,13 +192,45 @@ def _fingerprint(model:nn.Module) -> str: # 16 hex digits
         h.update(v.detach().float().cpu().reshape(-1).numpy())
     return h.hexdigest()[:16]
 
+# %% ../nbs/01_backbone.ipynb #01-060
+class _Frozen:
+    "A model that nobody trains"
+    @property
+    def device(self) -> torch.device: return self.model.logit_scale.device
+    @property
+    def dtype(self) -> torch.dtype: return self.model.logit_scale.dtype
+    @property
+    def logit_scale(self) -> Tensor:
+        "The factor in front of the cosine: exp of the learned scalar, 100 in OpenAI's models"
+        return self.model.logit_scale.exp().reshape(())
+
+    def to(self, *args, **kwargs):
+        "Move the frozen model to a device or dtype; returns self"
+        before = self.dtype
+        self.model.to(*args, **kwargs)
+        if self.dtype != before: self.__dict__.pop('fingerprint', None)  # rounded: other weights
+        return self
+
+    def __deepcopy__(self, memo) -> 'Backbone': return self  # frozen: copies of a learner share it
+
+    def autocast(self):
+        "What the frozen towers run in: half precision if `precision` asks for it"
+        half = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, half) if half else nullcontext()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        "16 hex digits over all weights and the activation: other digits, another network"
+        return _fingerprint(self.model)
+
 # %% ../nbs/01_backbone.ipynb #01-016k
 def _text_parts(text) -> tuple[nn.Module, nn.ModuleList]:
     "The token embedding and the blocks"
     if hasattr(text, 'token_embedding'): return text.token_embedding, text.transformer.resblocks
-    inner = text.transformer                     # of the library transformers
-    return inner.get_input_embeddings(), getattr(inner, 'encoder', inner).layer if hasattr(
-        getattr(inner, 'encoder', inner), 'layer') else inner.layers
+    theirs = text.transformer                        # of the library transformers
+    encoder = getattr(theirs, 'encoder', theirs)
+    blocks = encoder.layer if hasattr(encoder, 'layer') else encoder.layers
+    return theirs.get_input_embeddings(), blocks
 
 def _image_parts(visual) -> tuple[nn.ModuleList, int, nn.Module, int]:
     "Blocks, rows before the patches, the norm in front of the blocks, width"
@@ -213,48 +245,18 @@ def _embed_dim(model) -> int:
     W = model.text_projection
     return W.out_features if isinstance(W, nn.Linear) else W.shape[1]
 
-# %% ../nbs/01_backbone.ipynb #01-017
-@lru_cache
-def _clip_tokenizer(context_length:int) -> open_clip.SimpleTokenizer:
-    "Reading its list of 48,895 merges takes longer than building a small CLIP"
-    return open_clip.SimpleTokenizer(context_length=context_length)
-
-class Backbone:
-    "A frozen CLIP with its tokenizer, transforms' constants and sizes"
-    def __init__(self,
-        model:nn.Module, # any CLIP of open_clip
-        name:str='custom',
-        tokenizer=None,  # texts -> ids [N, context_length]; CLIP's own by default
-        mean=open_clip.OPENAI_DATASET_MEAN, # of the pixel normalisation, per channel
-        std=open_clip.OPENAI_DATASET_STD,
-        interpolation:str='bicubic', # for resizing images
-        resize_mode:str='shortest',  # side to size and cut the rest off; 'squash': both sides
-        phrase:str='a photo of a', # how its training captions begin
-    ):
-        self.takes = _brings(model, name)
-        self.name, self.model = name, model.eval().requires_grad_(False)
-        self.visual, self.text = model.visual, getattr(model, 'text', model)
-        self._measure(tokenizer)
-        _check_tokenizer(self)
-        self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
-        self.resize_mode, self.phrase = resize_mode, phrase
-        self.pretrained = self.precision = self.cache = None  # set by `load_backbone`
-        self.lock = RLock()   # towers that run whole hang hooks on the shared model
-
-    def _measure(self, tokenizer):
+# %% ../nbs/01_backbone.ipynb #01-063
+class _Parts(_Frozen):
+    "Sizes and blocks of the two towers"
+    def _measure(self):
         self.embedding, self.text_blocks = _text_parts(self.text)
         self.text_width, self.text_layers = self.embedding.embedding_dim, len(self.text_blocks)
         self.embed_dim = _embed_dim(self.model)              # E
         size = self.visual.image_size                        # pixels
         self.image_size = size if isinstance(size, int) else size[0]
-        if self.takes.image != 'features':
-            parts = _image_parts(self.visual)
-            self._image_blocks, self.before_patches, self.norm_before, self._width = parts
-        own = getattr(self.text, 'context_length', None) if hasattr(
-            self.text, 'token_embedding') else None
-        self.tokenizer = tokenizer or _clip_tokenizer(own or 77)
-        self.words = Words(self.tokenizer)
-        self.context_length = own or self.tokenizer(['a']).shape[1]
+        if self.takes.image == 'features': return
+        parts = _image_parts(self.visual)
+        self._image_blocks, self.before_patches, self.norm_before, self._vision_width = parts
 
     @property
     def image_blocks(self) -> nn.ModuleList:
@@ -269,7 +271,7 @@ class Backbone:
     def vision_layers(self) -> int: return len(self.image_blocks)
     @property
     def vision_width(self) -> int: # D_v
-        return self._width if self.image_blocks else 0
+        return self._vision_width if self.image_blocks else 0
 
     def inside(self, who:str, # that looks into the blocks, for the message
         *towers:str           # 'text', 'image'
@@ -281,14 +283,41 @@ class Backbone:
                                  f'{tower} tower of {self.name} is another; use a plain ViT such '
                                  'as ViT-B-16')
 
-    @property
-    def device(self) -> torch.device: return self.model.logit_scale.device
-    @property
-    def dtype(self) -> torch.dtype: return self.model.logit_scale.dtype
-    @property
-    def logit_scale(self) -> Tensor:
-        "The factor in front of the cosine: exp of the learned scalar, 100 in OpenAI's models"
-        return self.model.logit_scale.exp().reshape(())
+# %% ../nbs/01_backbone.ipynb #01-017
+@lru_cache
+def _clip_tokenizer(context_length:int) -> open_clip.SimpleTokenizer:
+    "Reading its list of 48,895 merges takes longer than building a small CLIP"
+    return open_clip.SimpleTokenizer(context_length=context_length)
+
+class Backbone(_Parts):
+    "A frozen CLIP with its tokenizer, transforms' constants and sizes"
+    def __init__(self,
+        model:nn.Module, # any CLIP of open_clip
+        name:str='custom',
+        tokenizer=None,  # texts -> ids [N, context_length]; CLIP's own by default
+        mean=open_clip.OPENAI_DATASET_MEAN, # of the pixel normalisation, per channel
+        std=open_clip.OPENAI_DATASET_STD,
+        interpolation:str='bicubic', # for resizing images
+        resize_mode:str='shortest',  # side to size and cut the rest off; 'squash': both sides
+        phrase:str='a photo of a', # how its training captions begin
+    ):
+        self.takes = _brings(model, name)
+        self.name, self.model = name, model.eval().requires_grad_(False)
+        self.visual, self.text = model.visual, getattr(model, 'text', model)
+        self._measure()
+        self._learn_words(tokenizer)
+        _check_tokenizer(self)
+        self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
+        self.resize_mode, self.phrase = resize_mode, phrase
+        self.pretrained = self.precision = self.cache = None  # set by `load_backbone`
+        self.lock = RLock()   # towers that run whole hang hooks on the shared model
+
+    def _learn_words(self, tokenizer):
+        own = hasattr(self.text, 'token_embedding')  # open_clip's: it knows its context
+        length = self.text.context_length if own else 77
+        self.tokenizer = tokenizer or _clip_tokenizer(length)
+        self.words = Words(self.tokenizer)
+        self.context_length = length if own else self.tokenizer(['a']).shape[1]
 
     def tokenize(self, texts:list[str]) -> Tensor: # ids [N, context_length]: SOT, words, EOT, zeros
         "Token ids; a text that does not fit is an error, never cut"
@@ -310,25 +339,6 @@ class Backbone:
     def embed(self, ids:Tensor) -> Tensor: # [..., L] -> [..., L, D_t]
         "The frozen token embedding, without positions"
         return self.embedding(ids)
-
-    def to(self, *args, **kwargs):
-        "Move the frozen model to a device or dtype; returns self"
-        before = self.dtype
-        self.model.to(*args, **kwargs)
-        if self.dtype != before: self.__dict__.pop('fingerprint', None)  # rounded: other weights
-        return self
-
-    def __deepcopy__(self, memo) -> 'Backbone': return self  # frozen: copies of a learner share it
-
-    def autocast(self):
-        "What the frozen towers run in: half precision if `precision` asks for it"
-        half = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.precision)
-        return torch.autocast(self.device.type, half) if half else nullcontext()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        "16 hex digits over all weights and the activation: other digits, another network"
-        return _fingerprint(self.model)
 
     def __repr__(self):
         image, text = f'{self.image_size} px', f'{self.context_length} tokens'

@@ -26,7 +26,7 @@ from clipprompt.pictures import test_transform as transform
 from clipprompt.prompts import Given, Prompts, Sentences, phrase_tokens, place
 from clipprompt.slots import whole_image, whole_text
 from clipprompt.towers import TextTower, VisionTower
-from helpers import TINY, one_line, refused, works
+from helpers import TINY, one_line, refused, shapes, works
 
 NAMES = ['cat', 'traffic light', 'a much longer name']
 BOTH = dict(no_causal_mask=True, pool_type='last')
@@ -485,7 +485,8 @@ def test_a_resnet_in_the_command_line(methods, small_names, tmp_path):
     clip = build_backbone(small_names['rn'])
     save_file(clip.model.state_dict(), tmp_path/'w.safetensors')
     args = ('compare', '--backbone', 'RN50', '--pretrained', tmp_path/'w.safetensors', '--methods',
-            methods, '--task', 'arrows', '--quick', '--protocol', 'few-shot', '--out', tmp_path/'o')
+            methods, '--task', shapes(tmp_path/'photos'), '--quick', '--protocol', 'few-shot',
+            '--out', tmp_path/'o')
     if methods == 'vpt': return refused(*args, says=['RN50', 'image prompts cannot enter'])
     works(*args)
     rows = pd.read_csv(tmp_path/'o'/'results.csv')
@@ -500,13 +501,14 @@ def test_siglip_in_the_command_line(small_names, tmp_path):
     weights = tmp_path/'hub'/'w.safetensors'
     save_file(clip.model.state_dict(), weights)
     what = ('--backbone', 'ViT-B-16-SigLIP2', '--pretrained', weights)
-    works('compare', *what, '--methods', 'zero-shot,coop', '--task', 'arrows', '--quick',
+    photos = shapes(tmp_path/'photos')
+    works('compare', *what, '--methods', 'zero-shot,coop', '--task', photos, '--quick',
           '--out', tmp_path/'o')
     rows = pd.read_csv(tmp_path/'o'/'results.csv')
     assert set(rows.method) == {'zero-shot', 'coop'} and rows.h.notna().all()
-    works('train', 'arrows', *what, '--shots', 2, '--epochs', 1, '--out', tmp_path/'p.safetensors')
-    works('evaluate', tmp_path/'p.safetensors', 'arrows', '--pretrained', weights)
-    refused('compare', *what, '--methods', 'map-dafe', '--task', 'arrows',
+    works('train', photos, *what, '--shots', 2, '--epochs', 1, '--out', tmp_path/'p.safetensors')
+    works('evaluate', tmp_path/'p.safetensors', photos, '--pretrained', weights)
+    refused('compare', *what, '--methods', 'map-dafe', '--task', photos,
             says=['map-dafe', "CLIP's own towers"])
 
 
