@@ -17,16 +17,10 @@ from clipprompt.sets import load_dataset
 from clipprompt.training import fit
 from clipprompt.variational import VariationalCoOp
 from clipprompt.zeroshot import ZeroShot
-from helpers import one_line, shapes, tiny_clip
+from helpers import images, one_line, tiny_clip
 
 NAMES = ['cat', 'old shopping cart', 'traffic light']
 
-@pytest.fixture(scope='module')
-def clip(): return tiny_clip(dtype=torch.float64)
-
-def images(clip, n=4):
-    g = torch.Generator().manual_seed(0)
-    return torch.randn(n, 3, clip.image_size, clip.image_size, dtype=clip.dtype, generator=g)
 
 def test_labels_are_not_read_and_weight_scales(clip):
     x, losses = images(clip), []
@@ -154,8 +148,6 @@ class Looks(IVLP):
         self.seen += len(images)
         return super().image_features(images)
 
-@pytest.fixture(scope='module')
-def photos(tmp_path_factory): return load_dataset(shapes(tmp_path_factory.mktemp('photos')))
 
 def distilled(cls, data, clip, **how):
     "A student after training, its teacher, and what `fit` says"

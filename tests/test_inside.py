@@ -12,25 +12,11 @@ import torch
 from clipprompt.check import check_learner, small_clip
 from clipprompt.evaluation import evaluate
 from clipprompt.inside import MMA, MMRL, ClipLoRA, LowRank, Maps, blocks_of, times
-from clipprompt.sets import load_dataset
 from clipprompt.training import fit
 from clipprompt.zeroshot import ZeroShot
-from helpers import one_line, shapes, tiny_clip
+from helpers import images, one_line, tiny_clip
 
 NAMES = ['polar bear', 'key', 'cart']
-
-
-@pytest.fixture(scope='module')
-def clip(): return tiny_clip(dtype=torch.float64)
-
-@pytest.fixture(scope='module')
-def photos(tmp_path_factory): return load_dataset(shapes(tmp_path_factory.mktemp('photos')))
-
-
-def images(clip, n=4):
-    return torch.randn(n, 3, clip.image_size, clip.image_size, dtype=clip.dtype,
-                       generator=torch.Generator().manual_seed(0))
-
 LABELS = torch.tensor([0, 1, 2, 0])
 
 @torch.no_grad()

@@ -5,12 +5,10 @@ import torch
 from clipprompt import towers
 from clipprompt.prompts import place
 from clipprompt.tcp import TCP, Injected
-from helpers import one_line, tiny_clip
+from helpers import one_line
 
 NAMES = ['cat', 'old shopping cart', 'traffic light']
 
-@pytest.fixture(scope='module')
-def clip(): return tiny_clip(dtype=torch.float64)
 
 def grads(learner, plain):
     learner.text.plain = plain
