@@ -93,6 +93,13 @@ def row_masks(x:Tensor, # [N, L, D]
     noise = torch.rand(L, N, D, device=x.device, generator=generator)
     return (noise >= p).transpose(0, 1)
 
+# %% ../nbs/18e_inside.ipynb #18e-012g
+def _check_thin(places:str, r:int, dropout:float):
+    if not places or not set(places) <= set('qkvo') or len(set(places)) < len(places):
+        raise ValueError(f"params are some of q, k, v and o, not '{places}'")
+    if r < 1 or not 0 <= dropout < 1:
+        raise ValueError(f'r is at least 1 and dropout from 0 to below 1, not {r} and {dropout}')
+
 # %% ../nbs/18e_inside.ipynb #18e-013
 class LowRank(Changes, nn.Module):
     """
@@ -137,12 +144,6 @@ class LowRank(Changes, nn.Module):
         "What is added to the weight of a projection"
         pair, j = getattr(self, place), self.blocks.index(layer)
         return self.scale*pair['B'][j] @ pair['A'][j]
-
-def _check_thin(places:str, r:int, dropout:float):
-    if not places or not set(places) <= set('qkvo') or len(set(places)) < len(places):
-        raise ValueError(f"params are some of q, k, v and o, not '{places}'")
-    if r < 1 or not 0 <= dropout < 1:
-        raise ValueError(f'r is at least 1 and dropout from 0 to below 1, not {r} and {dropout}')
 
 # %% ../nbs/18e_inside.ipynb #18e-014b
 def own_copy(backbone:Backbone, name:str) -> Backbone:
