@@ -188,6 +188,8 @@ def _bound(teacher:PromptLearner, classnames:list[str]) -> PromptLearner:
 # %% ../nbs/18f_distill.ipynb #18f-013h
 class _Student(_Taught):
     "Keeps its teacher in copies, on other devices and in files"
+    _lent = None   # a teacher in place of the file's, while `load` reads
+
     def for_classes(self, classnames:list[str]) -> '_Student':
         other = type(self)(self.backbone, classnames, **self.hparams | dict(teacher=None))
         other.hparams = dict(self.hparams)
@@ -202,6 +204,16 @@ class _Student(_Taught):
             raise ValueError('the teacher is in memory only; save it, and give its file: '
                              "PromptKD(..., teacher='teacher.safetensors')")
         super().save(path)
+
+    @classmethod
+    def load(cls, path:str|Path, backbone:Backbone,
+        teacher:PromptLearner|None=None, # in place of its file, where its weights have no name
+    ) -> '_Student':
+        "As every learner"
+        if teacher is None: return super().load(path, backbone)
+        learner = type(cls.__name__, (cls,), dict(_lent=teacher)).load(path, backbone)
+        learner.__class__ = cls
+        return learner
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
