@@ -132,8 +132,9 @@ def _named(path:str|Path, name:str, device:torch.device) -> Backbone:
     model, _, weights = name.partition('/')
     try: return load_backbone(model, weights or None, device=device)
     except (ValueError, OSError) as e:
-        raise ValueError(f'the teacher {path} was trained on {name}: {e}; load that backbone, and '
-                         'give PromptKD.taught_by what load_teacher makes with it') from None
+        raise ValueError(f'the teacher {path} was trained on {name}: {e}; load that backbone and '
+                         'give the learner that load_teacher makes with it to PromptKD.taught_by '
+                         'or PromptKD.load') from None
 
 # %% ../nbs/18f_distill.ipynb #18f-013c
 def rescaled(images:Tensor, # [B, 3, H, W], as one backbone reads them
@@ -300,18 +301,21 @@ class PromptKD(_Distils):
         blocks = backbone.vision_layers
         J = check_depth(min(9, blocks) if depth_vision is None else depth_vision, blocks, 'image')
         self.visual_ctx = Prompts(n_visual, backbone.vision_width, J, seed=seed)
-        self._hold(load_teacher(teacher, backbone) if teacher
-                   else ZeroShot(backbone, self.classnames))
+        who = self._lent
+        if who is None and teacher: who = load_teacher(teacher, backbone)
+        self._hold(ZeroShot(backbone, self.classnames) if who is None else who)
         self.proj = self._projection()
 
     def _projection(self) -> Projection:
         return Projection(self.backbone.embed_dim, self._T.shape[1], self.hparams['seed'])
 
     def taught_by(self,
-        teacher:PromptLearner, # on this or another backbone; a file's path goes to `teacher=`
+        teacher:PromptLearner,     # on this or another backbone
+        file:str|Path|None=None,   # where it is saved, so that the student can be, too
     ) -> 'PromptKD':
         "Takes a teacher that is in memory; in its width the projection starts anew"
         self._hold(teacher)
+        if file: self.hparams['teacher'] = str(file)
         if len(self.proj.scale) != self._T.shape[1]:
             self.proj = self._projection().to(self.visual_ctx.tokens)
         return self

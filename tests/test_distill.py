@@ -96,6 +96,21 @@ def test_weights_that_have_no_name_are_given(clip, tmp_path):
         torch.testing.assert_close(student.teacher_logits(x), teacher(x))
     assert student.loss(x, None).isfinite()   # a teacher in float32, a student in float64
 
+def test_a_teacher_whose_weights_have_no_name_goes_along(clip, tmp_path):
+    "Its file is noted, so the student is saved; whoever loads it brings the teacher"
+    teacher, student = tmp_path/'t.safetensors', tmp_path/'s.safetensors'
+    other, x = tiny_clip(seed=7), images(clip)
+    IVLP(other, NAMES, seed=2).save(teacher)
+    learner = PromptKD(clip, NAMES).double().taught_by(load_teacher(teacher, clip, other), teacher)
+    learner.save(student)
+    with pytest.raises(ValueError) as e: PromptKD.load(student, clip)
+    one_line(e, 'tiny-7', 'PromptKD.load')
+    again = PromptKD.load(student, clip, teacher=load_teacher(teacher, clip, other)).eval()
+    assert type(again) is PromptKD and again.hparams == learner.hparams
+    with torch.no_grad():
+        assert torch.equal(again(x), learner.eval()(x))
+        assert torch.equal(again.for_classes(NAMES[:2])(x), again(x)[:, :2])
+
 def test_a_method_nobody_imported(clip, tmp_path):
     teacher = IVLP(clip, NAMES).double()
     teacher.method = 'unheard-of'
