@@ -109,7 +109,8 @@ def test_a_teacher_whose_weights_have_no_name_goes_along(clip, tmp_path):
     assert type(again) is PromptKD and again.hparams == learner.hparams
     with torch.no_grad():
         assert torch.equal(again(x), learner.eval()(x))
-        assert torch.equal(again.for_classes(NAMES[:2])(x), again(x)[:, :2])
+        few = again.for_classes(NAMES[:2])(x)   # the teacher rounds in single precision
+        torch.testing.assert_close(few, again(x)[:, :2], rtol=1e-4, atol=1e-4)
 
 def test_a_method_nobody_imported(clip, tmp_path):
     teacher = IVLP(clip, NAMES).double()
