@@ -23,3 +23,27 @@ def one_tokenizer():
     with pytest.MonkeyPatch.context() as m:
         m.setattr(open_clip, 'SimpleTokenizer', lru_cache(open_clip.SimpleTokenizer))
         yield
+
+
+# ---- small worlds, for every test file that does not make its own; imported late, because tests of
+# the site do without PyTorch
+
+@pytest.fixture(scope='module')
+def clip():
+    "A tiny CLIP in double precision"
+    import torch
+    from helpers import tiny_clip
+    return tiny_clip(dtype=torch.float64)
+
+@pytest.fixture(scope='module')
+def half():
+    "The same as it trains, in single precision"
+    from helpers import tiny_clip
+    return tiny_clip()
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "A data set of drawn shapes"
+    from clipprompt.sets import load_dataset
+    from helpers import shapes
+    return load_dataset(shapes(tmp_path_factory.mktemp('photos')))

@@ -27,6 +27,12 @@ def tiny_clip(seed=0, dtype=torch.float32):
         return clip.to(device='cpu', dtype=dtype)
 
 
+def images(clip, n=4):
+    "Noise of the size that a CLIP reads, always the same"
+    return torch.randn(n, 3, clip.image_size, clip.image_size, dtype=clip.dtype,
+                       generator=torch.Generator().manual_seed(0))
+
+
 def shapes(folder, classes=('disc', 'two_bars', 'cross', 'ring'), n=6):
     """One folder per class with n drawings of one shape each, black on white: a linear probe tells
     them apart"""

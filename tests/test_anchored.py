@@ -20,10 +20,9 @@ from clipprompt.learner import Recipe
 from clipprompt.mudpt import MuDPT
 from clipprompt.prompts import phrase_tokens
 from clipprompt.protocols import Method
-from clipprompt.sets import load_dataset
 from clipprompt.training import fit
 from clipprompt.zeroshot import ZeroShot
-from helpers import one_line, shapes, tiny_clip
+from helpers import images, one_line
 
 NAMES = ['polar bear', 'key', 'cart']
 PETS = 'a type of pet, a photo of a {}.'
@@ -33,20 +32,6 @@ class MaPLeConsistent(Consistent, MaPLe): method = 'maple-consistent'
 class IVLPAligned(Aligned, IVLP): method = 'ivlp-aligned'
 class CoOpConsistent(Consistent, CoOp): method = 'coop-consistent'
 
-
-@pytest.fixture(scope='module')
-def clip(): return tiny_clip(dtype=torch.float64)
-
-@pytest.fixture(scope='module')
-def half(): return tiny_clip()
-
-@pytest.fixture(scope='module')
-def photos(tmp_path_factory): return load_dataset(shapes(tmp_path_factory.mktemp('photos')))
-
-
-def images(clip, n=4):
-    return torch.randn(n, 3, clip.image_size, clip.image_size, dtype=clip.dtype,
-                       generator=torch.Generator().manual_seed(0))
 
 LABELS = torch.tensor([0, 2, 1, 1])
 

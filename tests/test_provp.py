@@ -13,29 +13,14 @@ from clipprompt.prompts import Given
 from clipprompt.protocols import Method
 from clipprompt.provp import Progressive, ProVP, ProVPRef, Reformed, provp_template, reformation
 from clipprompt.evaluation import evaluate
-from clipprompt.sets import load_dataset
 from clipprompt.training import fit
-from helpers import one_line, shapes, tiny_clip
+from helpers import images, one_line
 
 NAMES = ['polar bear', 'key', 'cart']
 
 class VPTRef(Reformed, VPT): method = 'vpt-ref'
 class MaPLeRef(Reformed, MaPLe): method = 'maple-ref'
 
-
-@pytest.fixture(scope='module')
-def clip(): return tiny_clip(dtype=torch.float64)
-
-@pytest.fixture(scope='module')
-def half(): return tiny_clip()
-
-@pytest.fixture(scope='module')
-def photos(tmp_path_factory): return load_dataset(shapes(tmp_path_factory.mktemp('photos')))
-
-
-def images(clip, n=4):
-    return torch.randn(n, 3, clip.image_size, clip.image_size, dtype=clip.dtype,
-                       generator=torch.Generator().manual_seed(0))
 
 def features_and_grad(learner, x, prompts):
     f = learner.vision(x, prompts)

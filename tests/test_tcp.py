@@ -2,14 +2,13 @@
 import pytest
 import torch
 
+from clipprompt import towers
 from clipprompt.prompts import place
 from clipprompt.tcp import TCP, Injected
-from helpers import one_line, tiny_clip
+from helpers import one_line
 
 NAMES = ['cat', 'old shopping cart', 'traffic light']
 
-@pytest.fixture(scope='module')
-def clip(): return tiny_clip(dtype=torch.float64)
 
 def grads(learner, plain):
     learner.text.plain = plain
@@ -29,6 +28,23 @@ def test_fast_is_plain(clip, block, sentence, checkpoint):
     torch.testing.assert_close(t, t0, rtol=1e-10, atol=1e-12)
     for a, b in zip(fast, plain): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     assert all(g.abs().max() > 0 for g in fast)
+
+@pytest.mark.parametrize('chunk', [1, 2, 3])
+def test_chunks_change_nothing_and_bound_the_rows(clip, chunk, monkeypatch):
+    "No block ever sees more classes than a chunk has, and the numbers stay"
+    whole, learner = TCP(clip, NAMES).double(), TCP(clip, NAMES).double()
+    learner.text.chunk, seen, run = chunk, [], towers.run_block
+    (t, few), (t0, all_) = grads(learner, False), grads(whole, False)
+    torch.testing.assert_close(t, t0, rtol=1e-10, atol=1e-12)
+    for a, b in zip(few, all_): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    def counted(block, x, *args, **how):
+        seen.append(len(x))
+        return run(block, x, *args, **how)
+    monkeypatch.setattr(towers, 'run_block', counted)
+    learner.text_features()
+    assert max(seen) == chunk
+    other = learner.for_classes(NAMES[::-1])   # nothing of the old classes is kept
+    torch.testing.assert_close(other.text_features().flip(0), t0, rtol=1e-10, atol=1e-12)
 
 def test_what_is_carried_to_the_slots_is_dropped(clip):
     "From the injection on the slots hold the class's tokens, whatever came out there"

@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 import clipprompt.variational as module
 from clipprompt.check import check_learner
-from clipprompt.sets import load_dataset
 from clipprompt.deep import IVLP
 from clipprompt.evaluation import Evaluation, evaluate
 from clipprompt.learner import Recipe
@@ -15,7 +14,7 @@ from clipprompt.mudpt import MuDPT
 from clipprompt.training import fit
 from clipprompt.variational import (Variational, VariationalCoCoOp, VariationalCoOp, ece, entropy,
                                     kl, log_mean, novelty, reliability)
-from helpers import one_line, shapes, tiny_clip
+from helpers import one_line, tiny_clip
 
 NAMES = ['polar bear', 'key', 'cart']
 
@@ -33,13 +32,6 @@ ALL = {
     for c in (VariationalCoOp, VariationalCoCoOp, VariationalIVLP, VariationalMuDPT,
               ConditionalIVLP)
 }
-
-
-@pytest.fixture(scope='module')
-def clip(): return tiny_clip(dtype=torch.float64)
-
-@pytest.fixture(scope='module')
-def photos(tmp_path_factory): return load_dataset(shapes(tmp_path_factory.mktemp('photos')))
 
 
 def features(clip, n=5):
