@@ -215,6 +215,8 @@ class ClipLoRA(_ThinTowers):
                              dropout=dropout, seed=seed)
         if encoder not in ('text', 'vision', 'both'):
             raise ValueError(f"unknown encoder '{encoder}'; use text, vision or both")
+        towers = dict(text=['text'], vision=['image'], both=['text', 'image'])[encoder]
+        backbone.inside(self.method, *towers)
         def thin(width, layers, seed):
             blocks = blocks_of(position, layers)
             return LowRank(width, blocks, r, alpha, ''.join(params), dropout, seed)
@@ -322,6 +324,7 @@ class MMA(_Boosted, Written):
         seed:int=0,           # of the start
     ):
         super().__init__(backbone, classnames, templates)
+        backbone.inside(self.method, 'text', 'image')
         self.hparams |= dict(start=start, end=end, dim=dim, scale=scale, boosted=boosted, seed=seed)
         clip, generator = backbone, torch.Generator().manual_seed(seed)
         self.first, J = adapted_blocks(start, end, clip.text_layers, clip.vision_layers)
@@ -481,6 +484,7 @@ class MMRL(_KnowsSeen, _TwoLosses):
         seed:int=0,              # of the start
     ):
         super().__init__(backbone, classnames, templates)
+        backbone.inside(self.method, 'text', 'image')
         self.hparams |= dict(n_rep=n_rep, rep_dim=rep_dim, rep_layers=rep_layers, alpha=alpha,
                              reg_weight=reg_weight, seen=seen, seed=seed)
         self.asked |= dict(seen=seen)

@@ -15,16 +15,20 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from clipprompt import backbone as module
-from clipprompt.backbone import Takes, backbones, build_backbone, load_backbone, takes
-from clipprompt.check import check_learner
+from clipprompt.adapters import TaskRes
+from clipprompt.anchored import KgCoOp
+from clipprompt.backbone import Takes, UnfitError, backbones, build_backbone, load_backbone, takes
+from clipprompt.check import _small_data, check_learner
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
 from clipprompt.deep import IVLP, MaPLe, VPT
+from clipprompt.inside import MMA, MMRL, ClipLoRA
 from clipprompt.learner import PromptLearner
 from clipprompt.map_dafe import MAPDAFE
 from clipprompt.pictures import test_transform as transform
 from clipprompt.prompts import Given, Prompts, Sentences, phrase_tokens, place
 from clipprompt.slots import whole_image, whole_text
+from clipprompt.tcp import TCP
 from clipprompt.towers import TextTower, VisionTower
 from helpers import TINY, one_line, refused, shapes, works
 
@@ -294,10 +298,25 @@ def test_a_step_of_each(name, built):
         assert all(p.grad is None for p in clip.model.parameters())
 
 
-def test_who_works_inside_the_blocks_says_so(built):
-    for name in ('gap', 'resnet', 'siglip'):
-        with pytest.raises(ValueError) as e: MAPDAFE(built(name), NAMES)
-        one_line(e, 'map-dafe', "CLIP's own towers", 'ViT-B-16') if name != 'resnet' else None
+@pytest.mark.parametrize('cls', [MAPDAFE, ClipLoRA, MMA, MMRL])
+def test_who_works_inside_the_blocks_says_so(cls, built):
+    for name in ('gap', 'siglip', 'vitamin', 'resnet'):
+        if cls is MAPDAFE and FAMILIES[name][1] == 'fast': continue   # its image side fills slots
+        with pytest.raises(UnfitError) as e: cls(built(name), NAMES)
+        one_line(e, cls.method, "CLIP's own towers", 'ViT-B-16')
+    thin = ClipLoRA(built('vitamin'), NAMES, encoder='text')   # a text tower like CLIP's
+    thin.loss(pictures(thin.backbone), torch.tensor([0, 1])).backward()
+    if cls is ClipLoRA:
+        with pytest.raises(UnfitError): ClipLoRA(built('gap'), NAMES, encoder='text')
+
+
+@pytest.mark.parametrize('cls', [TCP, KgCoOp, TaskRes])
+def test_newer_methods_on_other_towers(cls, built):
+    for name in ('gap', 'siglip', 'coca', 'resnet'):
+        learner = cls(built(name), NAMES)
+        learner.prepare(_small_data(NAMES))
+        learner.loss(pictures(learner.backbone), torch.tensor([0, 1])).backward()
+        for k, p in learner.named_parameters(): assert p.grad.isfinite().all(), (name, k)
 
 
 def test_prompts_of_one_backbone_are_refused_on_another(built, tmp_path):
