@@ -216,7 +216,8 @@ class _Frozen:
     def autocast(self):
         "What the frozen towers run in: half precision if `precision` asks for it"
         half = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.precision)
-        return torch.autocast(self.device.type, half) if half else nullcontext()
+        if self.device.type == 'meta': return nullcontext()   # nothing is computed there
+        return torch.autocast(self.device.type, half, enabled=half is not None)
 
     @cached_property
     def fingerprint(self) -> str:

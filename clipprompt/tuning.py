@@ -78,6 +78,7 @@ def chosen(records:list[dict]) -> dict[str, dict]: # method -> lr, epochs, hpara
     table = by_trial(records)
     if table.tasks.nunique() != 1:
         raise ValueError('some trials were not run on all tasks; run the sweep to its end')
-    best = table.loc[table.groupby('method', sort=False).h.idxmax()]
+    merit = table.h.fillna(table.base)
+    best = table.loc[merit.groupby(table.method, sort=False).idxmax()]
     return {r.method: dict(lr=r.lr, epochs=enough(r.way), hparams=r.hparams)
             for r in best.itertuples()}
