@@ -9,7 +9,7 @@ from clipprompt.backbone import load_backbone
 from clipprompt.data import SUITE
 from clipprompt.evidence import stored
 from clipprompt.methods import BOOK, find_method
-from clipprompt.plan import FEW, controls, expected, plan, yardstick
+from clipprompt.plan import FEW, NEWER, controls, expected, plan, yardstick
 from clipprompt.runs import Run, planned
 from helpers import refused, works
 
@@ -30,6 +30,8 @@ def test_other_parts_change_one_thing():
     assert {r.halves for r in parts['halves']} == {1, 2}
     assert {r.name for r in parts['halves']} == {r.name for r in parts['shots']} == set(FEW)
     assert {r.pretrained for r in parts['backbones']} == {'seed1'}
+    assert {r.name for r in parts['rivals']} == set(NEWER) and not set(NEWER) & set(BOOK_NAMES)
+    assert len(parts['rivals']) == len(NEWER)*len(SUITE)*3
     assert {r.shots for r in parts['shots']} == {1, 2, 4, 8, 16}
     assert [r.protocol for r in parts['cross']+parts['domain']] == \
         ['cross']*len(FEW)+['domain']*len(FEW)
