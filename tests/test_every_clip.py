@@ -276,7 +276,7 @@ def test_two_threads_on_one_backbone(built):
 # ---- methods -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', ['gap', 'resnet'])
-@pytest.mark.parametrize('cls', [CoOp, CoCoOp, VPT, MaPLe])
+@pytest.mark.parametrize('cls', [CoOp, CoCoOp, VPT, MaPLe, TCP, KgCoOp, TaskRes])
 def test_methods_keep_their_promises(cls, name, built):
     clip, image = built(name), cls in (VPT, MaPLe)
     if image and clip.takes.image == 'features':
