@@ -391,7 +391,7 @@ def _picto_clip_file(pretrained:str|Path|None) -> Path:
         path = assets()/'backbones'/f'picto-clip-{pretrained}.safetensors'
         if path.is_file(): return path
         raise ValueError(f"picto-clip's weights '{pretrained}' come with a clone of the book, not "
-                         'with the package; clone it, or train them (an hour) as the picto-clip '
+                         'with the package; clone it, or train them (two hours) as the picto-clip '
                          'chapter shows and pass the file as pretrained')
     path = Path(pretrained).expanduser()
     if path.is_file(): return path
