@@ -421,8 +421,13 @@ def info(
         many = value if name == 'data' else [value]
         for one in many: out.print(f'{name}: {_in_words(one)}')
 
+# %% ../nbs/40c_cli.ipynb #40-210
 @app.command('backbones')
-def backbones_command(as_json:Json=False):
+def backbones_command(
+    as_json:Json=False,
+    out_file:Annotated[Path|None, Option('--out',
+        help='write the table there instead; .json, .csv, else text')]=None,
+):
     """Every CLIP of open_clip with published weights, and what it takes.
 
     Text prompts: fast, or whole (through the whole context). Image prompts: fast, blocks (block by
@@ -430,11 +435,17 @@ def backbones_command(as_json:Json=False):
 
     Examples:
     clipprompt backbones
-    clipprompt backbones --json > backbones.json
+    clipprompt backbones --json
+    clipprompt backbones --out backbones.csv
     """
+    if out_file: check_writable(out_file)
     rows = backbones()
-    if as_json: print_json(dict(backbones=rows))
-    else: show_table(pd.DataFrame(rows))
+    result, table = dict(backbones=rows), pd.DataFrame(rows)
+    if out_file:
+        write_result(out_file, result, rows, table.to_string(index=False) + '\n')
+        for_people(as_json).print(f'wrote {out_file}: {len(rows)} backbones')
+    if as_json: return print_json(result)
+    if not out_file: show_table(table)
 
 # %% ../nbs/40c_cli.ipynb #40-202
 def main():

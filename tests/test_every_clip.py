@@ -531,6 +531,14 @@ def test_siglip_in_the_command_line(small_names, tmp_path):
             says=['map-dafe', "CLIP's own towers"])
 
 
-def test_the_list_of_backbones():
-    rows = json.loads(works('backbones', '--json').out)['backbones']
-    assert rows == backbones() and 'ViT-B-16-SigLIP2' in works('backbones').out
+def test_the_list_of_backbones(tmp_path):
+    said = works('backbones', '--json').out
+    assert json.loads(said)['backbones'] == backbones()
+    assert 'ViT-B-16-SigLIP2' in works('backbones').out
+    for form in ('json', 'csv', 'txt'):
+        assert '115 backbones' in works('backbones', '--out', tmp_path/f'b.{form}').out
+    assert (tmp_path/'b.json').read_text() == said
+    table = pd.read_csv(tmp_path/'b.csv', keep_default_na=False)
+    assert table.to_dict('records') == backbones()
+    assert 'ViT-B-16-SigLIP2' in (tmp_path/'b.txt').read_text()
+    refused('backbones', '--out', tmp_path, says=[str(tmp_path), 'folder'])
