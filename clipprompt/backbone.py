@@ -359,7 +359,10 @@ def build_backbone(
     custom = cfg.pop('custom_text', False)
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     if 'multimodal_cfg' in cfg: kind = open_clip.CoCa
-    return Backbone(kind(**cfg), **kwargs)
+    model = kind(**cfg)
+    # open_clip leaves this one as memory was; only captions read it
+    if kind is open_clip.CoCa: nn.init.zeros_(model.text_decoder.text_projection)
+    return Backbone(model, **kwargs)
 
 # %% ../nbs/01_backbone.ipynb #01-025
 def _picto_clip(path:Path) -> Backbone:

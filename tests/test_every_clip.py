@@ -9,9 +9,13 @@ import numpy as np
 import open_clip
 import pandas as pd
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models import register_model
+from timm.models.eva import _create_eva
+from timm.models.vitamin import GeGluMlp, VitCfg, VitConvCfg, _create_vitamin
 from torch.nn import functional as F
 
 from clipprompt import backbone as module
@@ -37,29 +41,52 @@ BOTH = dict(no_causal_mask=True, pool_type='last')
 COCA = dict(width=16, heads=2, layers=1, context_length=24, vocab_size=49408)
 
 
+@register_model
+def vit_for_tests(pretrained=False, **kwargs): return timm.create_model('test_vit', **kwargs)
+
+
+@register_model
+def eva_for_tests(pretrained=False, **kwargs):
+    "EVA02 with rotary positions, for pictures of 32 pixels"
+    usual = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, swiglu_mlp=True,
+                 use_rot_pos_emb=True, ref_feat_shape=(4, 4))
+    return _create_eva('eva02_tiny_patch14_224', **usual, **kwargs)
+
+
+@register_model
+def vitamin_for_tests(pretrained=False, **kwargs):
+    "Convolutions, and blocks on what they leave of 64 pixels"
+    cfg = VitCfg(embed_dim=(8, 16, 32), depths=(1, 1, 1), stem_width=8,
+                 conv_cfg=VitConvCfg(norm_layer='layernorm2d', norm_eps=1e-6), head_type='1d')
+    usual = dict(img_size=64, embed_dim=32, depth=3, num_heads=2, mlp_layer=GeGluMlp, mlp_ratio=2.,
+                 class_token=False, embed_cfg=cfg)
+    return _create_vitamin('vitamin_small_224', **usual, **kwargs)
+
+
 def family(vision=None, text=None, **top):
     "A configuration of small towers"
     own = dict(image_size=32, patch_size=8, width=32, layers=3, head_width=16)
-    timm = dict(image_size=224, timm_proj=None, timm_pool='token')
+    timm = dict(image_size=160, timm_proj=None, timm_pool='token')
     vision = vision or {}
     base = timm if 'timm_model_name' in vision else own
     words = dict(context_length=24, vocab_size=49408, width=24, heads=2, layers=3)
-    return dict(embed_dim=16, vision_cfg=base | vision, text_cfg=words | (text or {}),
+    return dict(embed_dim=64, vision_cfg=base | vision, text_cfg=words | (text or {}),
                 custom_text=True) | top
 
 FAMILIES = dict(
     clip=(family(), 'fast', 'fast'),
     gap=(family(dict(pool_type='avg', no_ln_pre=True), BOTH), 'whole', 'blocks'),
     resnet=(family(dict(layers=(1, 1, 1, 1), width=8, patch_size=None)), 'fast', 'features'),
-    convnext=(family(dict(timm_model_name='convnext_atto', timm_proj='linear', timm_pool='avg')),
-              'fast', 'features'),
-    siglip=(family(dict(timm_model_name='vit_tiny_patch16_224', timm_pool='map', timm_proj='none'),
-                   BOTH | dict(proj_bias=True), embed_dim=192), 'whole', 'blocks'),
+    convnext=(family(dict(timm_model_name='test_convnext', timm_proj='linear', timm_pool='avg',
+                          image_size=32)), 'fast', 'features'),
+    siglip=(family(dict(timm_model_name='vit_for_tests', timm_pool='map', timm_proj='none'),
+                   BOTH | dict(proj_bias=True)), 'whole', 'blocks'),
     coca=(family(dict(attentional_pool=True, attn_pooler_heads=2, output_tokens=True),
                  dict(embed_cls=True, output_tokens=True), multimodal_cfg=COCA),
           'whole', 'blocks'),
-    eva=(family(dict(timm_model_name='eva02_tiny_patch14_224')), 'fast', 'blocks'),
-    vitamin=(family(dict(timm_model_name='vitamin_small_224', timm_pool='avg')), 'fast', 'blocks'),
+    eva=(family(dict(timm_model_name='eva_for_tests', image_size=32)), 'fast', 'blocks'),
+    vitamin=(family(dict(timm_model_name='vitamin_for_tests', timm_pool='avg', image_size=64)),
+             'fast', 'blocks'),
 )
 SEQUENCES = [f for f, (_, _, image) in FAMILIES.items() if image != 'features']
 
@@ -275,7 +302,9 @@ def test_two_threads_on_one_backbone(built):
 
 # ---- methods -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', ['gap', 'resnet'])
+@pytest.mark.parametrize('name', [
+    name if name in ('gap', 'resnet') else pytest.param(name, marks=pytest.mark.stress)
+    for name in FAMILIES if name != 'clip'])   # that one's checks are with the methods
 @pytest.mark.parametrize('cls', [CoOp, CoCoOp, VPT, MaPLe, TCP, KgCoOp, TaskRes])
 def test_methods_keep_their_promises(cls, name, built):
     clip, image = built(name), cls in (VPT, MaPLe)
@@ -493,8 +522,7 @@ def small_names(monkeypatch):
     monkeypatch.setitem(known, 'RN50', rn)
     text = BOTH | dict(context_length=32, vocab_size=40, hf_tokenizer_name='some/where',
                        tokenizer_kwargs=dict(clean='canonicalize'))
-    siglip = family(dict(timm_model_name='vit_tiny_patch16_224', timm_pool='map',
-                         timm_proj='none'), text, embed_dim=192)
+    siglip = family(dict(timm_model_name='vit_for_tests', timm_pool='map', timm_proj='none'), text)
     monkeypatch.setitem(known, 'ViT-B-16-SigLIP2', siglip)
     return dict(rn=rn, siglip=siglip)
 
