@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import Backbone, build_backbone
@@ -173,6 +173,9 @@ def small_clip(dtype:torch.dtype=torch.float64,
         clip = build_backbone(model_cfg or cfg, name='small-random')
         for p in clip.model.parameters():
             if p.ndim == 1: p.data += .5*torch.randn_like(p)
+        # timm starts with matrices so small that what enters a block hardly shows behind it
+        for p in getattr(clip.model.visual, 'trunk', nn.Module()).parameters():
+            if p.ndim == 2: nn.init.normal_(p, std=p.shape[1]**-.5)
     return clip.to('cpu', dtype)
 
 # %% ../nbs/08_check.ipynb #08-020
@@ -677,7 +680,7 @@ def _finite_differences(t):
         return t.loss(learner).item()
     # A longer step bends away from the slope, a shorter one drowns in the loss's last digits
     for u in (grads, noise(), noise(), noise()):
-        h, slope = 1e-4/length(u), sum((x*y).sum() for x, y in zip(grads, u)).item()
+        h, slope = 1e-5/length(u), sum((x*y).sum() for x, y in zip(grads, u)).item()
         gap = abs((at(h, u)-at(-h, u))/(2*h) - slope).item()
         gap /= (length(grads)*length(u)).item()
         _must(gap < 1e-5, f'gradient and finite differences differ by {gap:.0e} of the gradient',
