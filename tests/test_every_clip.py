@@ -302,10 +302,16 @@ def test_two_threads_on_one_backbone(built):
 
 # ---- methods -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', [
-    name if name in ('gap', 'resnet') else pytest.param(name, marks=pytest.mark.stress)
-    for name in FAMILIES if name != 'clip'])   # that one's checks are with the methods
-@pytest.mark.parametrize('cls', [CoOp, CoCoOp, VPT, MaPLe, TCP, KgCoOp, TaskRes])
+def judged():
+    "Two families in every run of the tests, the others in the long one"
+    for name in FAMILIES:
+        short = name in ('gap', 'resnet')
+        for cls in (CoOp, CoCoOp, VPT, MaPLe, KgCoOp) + (TCP, TaskRes)*short:
+            marks = [] if short else pytest.mark.stress
+            if name != 'clip': yield pytest.param(cls, name, marks=marks)   # elsewhere
+
+
+@pytest.mark.parametrize('cls,name', judged())
 def test_methods_keep_their_promises(cls, name, built):
     clip, image = built(name), cls in (VPT, MaPLe)
     if image and clip.takes.image == 'features':
