@@ -311,7 +311,7 @@ def judged():
             if name != 'clip': yield pytest.param(cls, name, marks=marks)   # elsewhere
 
 
-@pytest.mark.parametrize('cls,name', judged())
+@pytest.mark.parametrize('cls,name', [*judged()])
 def test_methods_keep_their_promises(cls, name, built):
     clip, image = built(name), cls in (VPT, MaPLe)
     if image and clip.takes.image == 'features':
