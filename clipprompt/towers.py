@@ -366,6 +366,13 @@ def _check_images(backbone:Backbone, images:Tensor):
         raise ValueError('images contain NaN or infinite values; '
                          'look at the file or the transform that made them')
 
+# %% ../nbs/03_towers.ipynb #03-034e
+def _patches(backbone:Backbone, images:Tensor) -> Tensor: # [B, 3, H, W] -> [B, 1+N, D_v]
+    vit = backbone.visual
+    x = vit.conv1(images.to(backbone.dtype)).flatten(2).transpose(1, 2)  # [B, N, D_v]
+    cls = vit.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+    return torch.cat([cls, x], 1) + vit.positional_embedding.to(x.dtype)
+
 # %% ../nbs/03_towers.ipynb #03-035
 class _Slots:
     "Images as rows with slots among them"
@@ -385,9 +392,7 @@ class _Slots:
     def embed(self, images:Tensor) -> Tensor: # [B, 3, H, W] -> [B, 1+N, D_v]
         "CLS and patches with their positions, before ln_pre"
         _check_images(self.backbone, images)
-        x = self.vit.conv1(images.to(self.backbone.dtype)).flatten(2).transpose(1, 2)  # [B, N, D_v]
-        cls = self.vit.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        return torch.cat([cls, x], 1) + self.vit.positional_embedding.to(x.dtype)
+        return _patches(self.backbone, images)
 
     def start(self, images:Tensor, prompts:Given|None) -> tuple[Tensor, int, int]:
         "What block 0 reads, [B, 1+N+n, D_v], and which rows are slots"
