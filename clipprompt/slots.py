@@ -33,22 +33,23 @@ def fill(prompts:Given|None, layer:int, x:Tensor, slots:Tensor) -> Tensor:
     return x if tokens is carried else put(x, slots, tokens)
 
 # %% ../nbs/02b_slots.ipynb #02b-011
+def _enter(change): # what goes in
+    def hook(module, args, kwargs):
+        if not args:                 # transformers hands its rows over by name
+            kwargs['hidden_states'] = change(kwargs['hidden_states'], kwargs)
+            return args, kwargs
+        return (change(args[0], kwargs), *args[1:]), kwargs
+    return hook
+
 @contextmanager
 def _hung(backbone:Backbone,
     before:dict, # module -> function (rows, kwargs) -> rows, for what goes in
     behind:dict, # module -> function (rows) -> rows, for what comes out
 ):
     "Hooks on the shared model, for the time of one call"
-    def enter(change):
-        def hook(module, args, kwargs):
-            if not args:                 # transformers hands its rows over by name
-                kwargs['hidden_states'] = change(kwargs['hidden_states'], kwargs)
-                return args, kwargs
-            return (change(args[0], kwargs), *args[1:]), kwargs
-        return hook
     def leave(change): return lambda module, args, out: change(out)
     with backbone.lock:
-        handles = [m.register_forward_pre_hook(enter(f), with_kwargs=True)
+        handles = [m.register_forward_pre_hook(_enter(f), with_kwargs=True)
                    for m, f in before.items()]
         handles += [m.register_forward_hook(leave(f)) for m, f in behind.items()]
         try: yield
@@ -88,6 +89,25 @@ def _unturned(rope:Tensor, n:int, in_front:bool) -> Tensor:
     still = torch.cat([zero, zero+1], -1)
     return torch.cat([still, rope] if in_front else [rope, still], -2)
 
+# %% ../nbs/02b_slots.ipynb #02b-017c
+def _entered(l:int, prompts:Given, fresh:Tensor, slots, # number of rows -> first slot, its end
+             in_front:bool):
+    "What the hook before block l does to its rows"
+    n = fresh.shape[-2]
+    def change(x, kwargs):
+        if kwargs.get('rope') is not None:
+            kwargs['rope'] = _unturned(kwargs['rope'], n, in_front)
+        if l == 0:
+            start, _ = slots(x.shape[1]+n)
+            return put_rows(x, fresh, start, start)
+        start, stop = slots(x.shape[1])
+        return put_rows(x, prompts.enter(l, x[:, start:stop]), start, stop)
+    return change
+
+def _dropped(x:Tensor, slots) -> Tensor: # [B, L, D] -> [B, L-n, D]
+    start, stop = slots(x.shape[1])
+    return torch.cat([x[:, :start], x[:, stop:]], 1)
+
 # %% ../nbs/02b_slots.ipynb #02b-018
 def whole_image(backbone:Backbone,
     images:Tensor,           # [B, 3, H, W]
@@ -98,25 +118,11 @@ def whole_image(backbone:Backbone,
     "Features by the model's own `encode_image`, with rows more: the definition"
     def encode(): return backbone.model.encode_image(images.to(backbone.dtype), normalize=False)
     if prompts is None: return encode()
-    blocks, front = backbone.image_blocks, backbone.before_patches
-    fresh = prompts.enter(0, None)
+    blocks, in_front, fresh = backbone.image_blocks, after == 'cls', prompts.enter(0, None)
     if ln_pre: fresh = backbone.norm_before(fresh)
-    n = fresh.shape[-2]
+    n, front = fresh.shape[-2], backbone.before_patches
     def slots(rows): # of a sequence with prompts
-        start = front if after == 'cls' else rows-n
+        start = front if in_front else rows-n
         return start, start+n
-    def before(l):
-        def change(x, kwargs):
-            if kwargs.get('rope') is not None:
-                kwargs['rope'] = _unturned(kwargs['rope'], n, after == 'cls')
-            if l == 0:
-                start, _ = slots(x.shape[1]+n)
-                return put_rows(x, fresh, start, start)
-            start, stop = slots(x.shape[1])
-            return put_rows(x, prompts.enter(l, x[:, start:stop]), start, stop)
-        return change
-    def drop(x):
-        start, stop = slots(x.shape[1])
-        return torch.cat([x[:, :start], x[:, stop:]], 1)
-    with _hung(backbone, {b: before(l) for l, b in enumerate(blocks)}, {blocks[-1]: drop}):
-        return encode()
+    before = {b: _entered(l, prompts, fresh, slots, in_front) for l, b in enumerate(blocks)}
+    with _hung(backbone, before, {blocks[-1]: lambda x: _dropped(x, slots)}): return encode()

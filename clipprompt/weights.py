@@ -40,45 +40,68 @@ def _name(asked:str) -> _Asked: # 'module name', as a pickle writes it
     raise _Bad(f'asks for {name[:60]!r}, which no weights need, so nothing of it was run or kept; '
                'get the weights again from those who made them, best as a .safetensors file')
 
-# %% ../nbs/00b_weights.ipynb #00b-012
+# %% ../nbs/00b_weights.ipynb #00b-011c
+class _Stack(list):
+    "What orders work on: values, marks among them, and a memo"
+    def __init__(self):
+        super().__init__()
+        self.marks, self.memo = [], {}
+
+    def taken(self, start:int) -> list:
+        "All items from `start` on, off the stack"
+        items = self[start:]
+        del self[start:]
+        return items
+
+    def marked(self) -> list:
+        "All items since the last mark"
+        return self.taken(self.marks.pop())
+
+# %% ../nbs/00b_weights.ipynb #00b-011f
 _WRITTEN = 'BINUNICODE', 'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT'
 _FIXED = dict(NONE=lambda: None, NEWTRUE=lambda: True, NEWFALSE=lambda: False,
               EMPTY_TUPLE=tuple, EMPTY_LIST=list, EMPTY_DICT=dict)
 
+def _plain(stack:_Stack, order:str, arg) -> bool:
+    "Obey an order that makes a value or a container; False, and nothing done, for any other"
+    match order:
+        case 'PROTO': pass
+        case 'MARK': stack.marks.append(len(stack))
+        case 'BINPUT' | 'LONG_BINPUT': stack.memo[arg] = stack[-1]
+        case 'BINGET' | 'LONG_BINGET': stack.append(stack.memo[arg])
+        case value if value in _WRITTEN: stack.append(arg)
+        case value if value in _FIXED: stack.append(_FIXED[value]())
+        case 'TUPLE': stack.append(tuple(stack.marked()))
+        case 'TUPLE1' | 'TUPLE2' | 'TUPLE3': stack.append(tuple(stack.taken(-int(order[-1]))))
+        case 'APPENDS':
+            items = stack.marked()
+            stack[-1].extend(items)
+        case 'SETITEMS':
+            items = stack.marked()
+            stack[-1].update(_by_name(items))
+        case _: return False
+    return True
+
+def _by_name(items:list) -> dict: # key, value, key, value ...
+    return {k: v for k, v in zip(items[::2], items[1::2]) if isinstance(k, str)}
+
+# %% ../nbs/00b_weights.ipynb #00b-012
 def _replay(pickled:bytes):
     "What a pickle describes; nothing is imported, called or made"
-    stack, marks, memo = [], [], {}
-    def taken(start):
-        items = stack[start:]
-        del stack[start:]
-        return items
+    stack = _Stack()
     for op, arg, _ in pickletools.genops(pickled):
+        if _plain(stack, op.name, arg): continue
         match op.name:
-            case 'PROTO': pass
             case 'STOP': return stack.pop()
-            case 'MARK': marks.append(len(stack))
-            case 'BINPUT' | 'LONG_BINPUT': memo[arg] = stack[-1]
-            case 'BINGET' | 'LONG_BINGET': stack.append(memo[arg])
-            case value if value in _WRITTEN: stack.append(arg)
-            case value if value in _FIXED: stack.append(_FIXED[value]())
-            case 'TUPLE': stack.append(tuple(taken(marks.pop())))
-            case 'TUPLE1' | 'TUPLE2' | 'TUPLE3': stack.append(tuple(taken(-int(op.name[-1]))))
-            case 'APPENDS' | 'SETITEMS':
-                items = taken(marks.pop())
-                if op.name == 'APPENDS': stack[-1].extend(items)
-                else: stack[-1].update(_by_name(items))
             case 'GLOBAL': stack.append(_name(arg))
             case 'BINPERSID': stack.append(_Asked('storage', stack.pop()))
             case 'REDUCE' | 'NEWOBJ':
-                made, args = taken(-2)
+                made, args = stack.taken(-2)
                 stack.append(_Asked(made.what, args))
             case 'BUILD':
                 made, state = stack[-2], stack.pop()
                 made.state = state
             case _: raise _Bad(f'holds the order {op.name}, which no weights need; get it again')
-
-def _by_name(items:list) -> dict: # key, value, key, value ...
-    return {k: v for k, v in zip(items[::2], items[1::2]) if isinstance(k, str)}
 
 # %% ../nbs/00b_weights.ipynb #00b-016
 class _Archive:
@@ -128,6 +151,7 @@ def _lists(archive:_Archive) -> dict[str, set|None]:
             lists[f'{module}.{name}'] = both
     return lists
 
+# %% ../nbs/00b_weights.ipynb #00b-019c
 def _tensors(archive:_Archive) -> dict[str, Tensor]:
     lists, out = _lists(archive), {}
     todo = [('', _replay(archive.read('data.pkl')))]  # prefix of names, module
@@ -244,6 +268,7 @@ def _shape_of(weights:dict[str, Tensor]) -> dict[str, tuple]:
     "A single number may be written with or without a dimension"
     return {k: tuple(v.shape) if v.numel() > 1 else () for k, v in weights.items()}
 
+# %% ../nbs/00b_weights.ipynb #00b-034e
 def fits(weights:dict[str, Tensor]) -> list[str]:
     """
     Architectures of open_clip that these tensors fit, by name and shape, nearest first
