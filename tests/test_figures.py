@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from clipprompt.cards import CARDS, card, drawing, facts, overview
+from clipprompt.cards import CARDS, EVERY, RIVAL_CARDS, card, drawing, facts, overview, rows_of
 from clipprompt.evidence import gains, stored
 from clipprompt.figures import LOOK, Sketch, Table, cell, colour, has_pixels, marker, style
-from clipprompt.methods import BOOK
+from clipprompt.methods import BOOK, RIVALS, methods
 from clipprompt.protocols import unpack_hits
 from helpers import tiny_clip, works
 
@@ -68,11 +68,24 @@ def test_style_and_sketch():
 
 def test_cards_name_papers_of_the_bibliography():
     known = (ROOT/'references.bib').read_text(encoding='utf-8')
-    for name, c in CARDS.items():
-        key = re.search(r'(?:abs|pii)/(\S+)$', c.url)[1]
+    for name, c in EVERY.items():
+        key = re.search(r'(?:abs|pii|html)/(\S+)$', c.url)[1]
         assert key in known, f'{name}: {c.url} is not in references.bib'
         assert (ROOT/'nbs'/c.chapter).exists()
-        assert len(c.text) == len(c.image) == 5 and set(c.text+c.image) <= set('fcmdt.')
+        assert {len(c.text), len(c.image)} <= {5, 6} and set(c.text+c.image) <= set('fcmdtbk.')
+        assert set(c.text[5:] + c.image[5:]) <= set('bk')      # behind the last block is no slot
+        assert c.arrows in ('down', 'up', 'both', 'shared', '')
+
+
+def test_every_method_that_learns_or_is_a_rival_has_a_card():
+    learning = [cls.method for cls in BOOK if cls.recipe().epochs]
+    assert list(CARDS) == learning and list(RIVAL_CARDS) == [cls.method for cls in RIVALS]
+    clip = tiny_clip()
+    for name, c in EVERY.items():
+        learner = methods()[name](clip, ['cat', 'dog'])
+        assert learner.learns_image == (c.image[:5] != '.....'), name
+        assert learner.learns_text == (c.text != '.....'), name
+        assert c.text + c.image != '.'*10
 
 
 def test_cards_say_what_the_rows_say():
@@ -92,10 +105,29 @@ def test_cards_say_what_the_rows_say():
     assert f'{here.low["vpt"]:+.1f}, {here.high["vpt"]:+.1f}]' in card('vpt', told.loc['vpt'])
 
 
+def test_cards_of_rivals_say_what_the_rows_say():
+    told = facts(tiny_clip(), RIVAL_CARDS)
+    rows = rows_of(RIVAL_CARDS)
+    assert set(told.index[told.base.notna()]) == set(rows.method) - {'zero-shot', 'coop'}
+    for name, fact in told.iterrows():
+        here, said = rows[rows.method == name], card(name, fact)
+        assert ('Ours' in said) == ('Run' in said) == bool(len(here))
+        assert ('Gain' in said) == bool(len(here) and here.new.notna().all())
+        if len(here) and 'Gain' not in said: assert 'new – (' in said
+        assert 'nan' not in said
+    E, shots = tiny_clip().embed_dim, 16
+    assert told.kept.to_dict() == dict.fromkeys(told.index, 0) | {'tip-adapter': shots*E}
+    each = {name: n for name, n in told.each.items() if n}
+    assert each == {'tip-adapter-f': shots*E, 'taskres': E, 'lp-plus-plus': E+2}
+    assert f'nothing; {shots*E:,} numbers kept' in card('tip-adapter', told.loc['tip-adapter'])
+
+
 def test_drawings_are_svg():
     import xml.etree.ElementTree as xml
-    for name in CARDS: assert xml.fromstring(drawing(name)).tag.endswith('svg')
-    assert len(xml.fromstring(overview()).findall('{*}svg')) == len(CARDS)
+    for name in EVERY: assert xml.fromstring(drawing(name)).tag.endswith('svg')
+    for some in (CARDS, RIVAL_CARDS):
+        assert len(xml.fromstring(overview(some)).findall('{*}svg')) == len(some)
+    assert 'kept' in overview(RIVAL_CARDS) and 'kept' not in overview()
 
 
 def test_pages_of_reference_are_up_to_date():
