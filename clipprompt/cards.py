@@ -115,7 +115,7 @@ RIVAL_CARDS = {
         'Zhu et al., ICCV 2023', 'https://arxiv.org/abs/2205.14865', '18b_anchored.ipynb'),
     'promptsrc': Card(
         'IVLP held near frozen features and logits; it ends with a mean of its epochs.',
-        'To study anchors in both towers; the paper takes it for base and new classes alike.',
+        'To study anchors in both towers; base gained here, new classes lost, unlike in the paper.',
         'fffcc', 'fffcc', '',
         'Khattak et al., ICCV 2023', 'https://arxiv.org/abs/2307.06948', '18b_anchored.ipynb'),
     'tcp': Card(
@@ -163,7 +163,7 @@ RIVAL_CARDS = {
         '18e_inside.ipynb'),
     'mmrl': Card(
         'Tokens made from vectors that both towers share, and a head of their own to read them.',
-        'To study two heads: one for every class, one that only scores classes it learned.',
+        'To study two heads; base surely above CoOp here, new classes lost, unlike in the paper.',
         '..ttt', '..tttb', 'shared',
         'Guo and Gu, CVPR 2025', 'https://arxiv.org/abs/2503.08497', '18e_inside.ipynb'),
     'promptkd': Card(
