@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .data import SUITE
-from .methods import compared, find_class
+from .methods import find_class, methods
 from .protocols import Method, harmonic_mean
 from .runs import Run
 from .sets import load_dataset
@@ -47,7 +47,7 @@ def tuning_runs(names:list|None=None, # of methods; None: all
     seed:int=1
 ) -> list[Run]:
     "All trials of all methods on the tasks for tuning, for `sweep`"
-    some = [m for name in names or compared() for m in trials(name)]
+    some = [m for name in names or methods() for m in trials(name)]
     return [Run(m, f'pictograms/{task}', 'tuning', 16, seed, curve=True)
             for m in some for task in tuning_tasks()]
 
