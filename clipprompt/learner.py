@@ -223,10 +223,11 @@ class _Trainable(Classifier):
 
     @classmethod
     def budget(cls) -> Recipe:
-        "`affordable`, with the rate and the number of epochs that tuning chose for the method"
+        "`affordable`, with the rate and the length that tuning chose for the method"
         recipe, chosen = cls.affordable(), _tuned().get(cls.method)
         if not chosen: return recipe
-        return replace(recipe, lr=chosen['lr'], epochs=chosen['epochs'], steps=None,
+        length = {k: chosen[k] for k in ('epochs', 'steps') if k in chosen}
+        return replace(recipe, lr=chosen['lr'], **(dict(steps=None) | length),
                        source=f'{recipe.source}; rate and epochs tuned on validation pictures')
 
     @classmethod

@@ -66,19 +66,25 @@ def by_trial(records:list[dict]) -> pd.DataFrame: # of the protocol `tuning`
         way = {p[0]['epoch']: np.mean([q['base'] for q in p])
                for p in zip(*[r['curve'] for r in recs])}
         rows.append(dict(method=method, lr=lr, hparams=recs[0]['hparams'], tasks=len(recs),
-                         base=base, new=new, h=harmonic_mean(base, new), way=way))
+                         base=base, new=new, h=harmonic_mean(base, new), way=way,
+                         steps=recs[0]['recipe'].get('steps') or 0))
     return pd.DataFrame(rows)
 
 def enough(way:dict[int, float]) -> int: # epochs
     "The first recorded epoch after which base gains no more than `FLAT` points"
     return min(epoch for epoch, base in way.items() if max(way.values())-base <= FLAT)
 
-def chosen(records:list[dict]) -> dict[str, dict]: # method -> lr, epochs, hparams
+def _length(trial) -> dict: # epochs, or for a recipe of steps the same share of them
+    epochs = enough(trial.way)
+    if not trial.steps: return dict(epochs=epochs)
+    return dict(steps=round(trial.steps*epochs/max(trial.way)))
+
+def chosen(records:list[dict]) -> dict[str, dict]: # method -> lr, epochs or steps, hparams
     "What tuning chose. Raises ValueError where a trial lacks a task"
     table = by_trial(records)
     if table.tasks.nunique() != 1:
         raise ValueError('some trials were not run on all tasks; run the sweep to its end')
     merit = table.h.fillna(table.base)
     best = table.loc[merit.groupby(table.method, sort=False).idxmax()]
-    return {r.method: dict(lr=r.lr, epochs=enough(r.way), hparams=r.hparams)
+    return {r.method: dict(lr=r.lr, **_length(r), hparams=r.hparams)
             for r in best.itertuples()}

@@ -211,7 +211,7 @@ def test_what_is_given_holds():
 @pytest.mark.parametrize('cls', [cls for cls in BOOK if cls.recipe().epochs],
                          ids=lambda cls: cls.method)
 def test_every_budget_is_the_affordable_recipe_with_what_tuning_chose(cls):
-    "Rate, epochs and arguments are those of tuned.json; all else is the paper's, cut by the rule"
+    "Rate, length and arguments are those of tuned.json; all else is the paper's, cut by the rule"
     method, cut, theirs = find_method(cls), cls.affordable(), cls.recipe('base-to-new', 16)
     chosen = json.loads((assets()/'tuned.json').read_text()).get(cls.method)
     if chosen is None:
@@ -226,6 +226,14 @@ def test_every_budget_is_the_affordable_recipe_with_what_tuning_chose(cls):
     kept = replace(theirs, views=cut.views, batch_size=cut.batch_size, epochs=cut.epochs)
     assert cut == kept and (cls.drawn or cut.epochs == theirs.epochs)
     assert method.recipe.source.startswith(theirs.source)
+
+
+def test_a_budget_of_steps_stays_one_of_steps():
+    "Epochs of a small task are not epochs of a large one"
+    chosen = json.loads((assets()/'tuned.json').read_text())['clip-lora']
+    recipe = find_method('clip-lora').recipe
+    assert 0 < recipe.steps == chosen['steps'] <= find_class('clip-lora').affordable().steps
+    assert recipe.lr == chosen['lr']
 
 
 def test_a_stranger_has_the_affordable_recipe():
