@@ -117,10 +117,11 @@ def _first_batch(golden, learner, params, where) -> dict[str, float]:
 
 # %% ../nbs/08_check.ipynb #08-005d
 def _every_step(golden, learner, params, where, inject) -> dict[str, float]:
-    opt = _recorded_optimizer(golden.json['optimizer'], params.values())
+    groups, rates = _by_rate(golden, params, where)
+    opt = _recorded_optimizer(golden.json['optimizer'], groups)
     losses, terms, trace = [], defaultdict(list), defaultdict(list)
-    for step, lr in enumerate(golden.json['lr_per_step']):
-        opt.param_groups[0]['lr'] = lr
+    for step, now in enumerate(zip(*rates)):
+        for group, lr in zip(opt.param_groups, now): group['lr'] = lr
         inject(learner, step)
         batch = golden.batch(step, learner)
         for term, value in learner.loss_terms(*batch).items(): terms[term].append(value.detach())
@@ -134,6 +135,15 @@ def _every_step(golden, learner, params, where, inject) -> dict[str, float]:
         errors |= golden.error(f'param_after.{name}', values[-1])
         errors |= golden.error(f'param_trace.{name}', torch.stack(values))
     return errors
+
+def _by_rate(golden, params, where) -> tuple[list[dict], list[list]]: # groups, and the rates of each
+    "One group; two where all but the context were recorded at another rate"
+    rates = [golden.json['lr_per_step']]
+    if 'lr_per_step_new' not in golden.json: return [dict(params=list(params.values()))], rates
+    ctx = where['ctx'][0]
+    others = [p for name, p in params.items() if name != ctx]
+    return ([dict(params=[params[ctx]]), dict(params=others)],
+            [*rates, golden.json['lr_per_step_new']])
 
 def _recorded_optimizer(o:dict, params) -> torch.optim.Optimizer:
     how = dict(lr=o['base_lr'], weight_decay=o['weight_decay'])
@@ -407,13 +417,23 @@ def _parameters(t):
           'or in a buffer with persistent=False')
 
 def _class_list(t):
-    "Where `transfers` is true, the shapes of what is stored do not depend on the classes"
+    """Where `transfers` is true, the shapes of what is stored do not depend on the classes
+
+    but for what `stays` with those it was trained on
+    """
     if not t.make().transfers: raise _Skip('its prompts belong to their classes')
-    def shapes(names): return {k: v.shape for k, v in t.make(names).state_dict().items()}
+    def shapes(names):
+        learner = t.make(names)
+        return {k: v.shape for k, v in _shared(learner, learner.state_dict()).items()}
     a, b = shapes(t.names), shapes(t.others)
     changed = ', '.join(k for k in a if a[k] != b.get(k))
     _must(a == b, f'with other classes the shape of {changed} changes',
           'set transfers = False, or learn what all classes share')
+
+def _shared(learner, state:dict) -> dict:
+    "What a copy for other classes has too"
+    own = tuple(start for starts in learner.stays.values() for start in starts)
+    return {k: v for k, v in state.items() if not k.startswith(own)}
 
 # %% ../nbs/08_check.ipynb #08-028
 def _random_state(t):
@@ -457,7 +477,7 @@ def _seed(t):
 def _logits(t):
     """Logits are [B, C], finite and in CLIP's precision, for one image too
 
-    features are unit rows
+    features are unit rows, unless the learner is `raw`
     """
     learner = t.make()
     for x in (t.images, t.images[:1]):
@@ -472,7 +492,7 @@ def _logits(t):
         if f is None: continue
         lengths = f.norm(dim=-1)
         rows = f.ndim > 1 and f.shape[-2] == n
-        _must(rows and (lengths-1).abs().max() < 1e-6,
+        _must(rows and (learner.raw or (lengths-1).abs().max() < 1e-6),
               f'{what} features have shape {list(f.shape)} and lengths up to {lengths.max():.3g}',
               f'return [{n}, E] with rows of length 1: F.normalize(..., dim=-1)')
 
@@ -511,7 +531,10 @@ def _class_order(t):
     def reordered(v):              # a dimension of 7 counts the classes
         return v.index_select(v.shape.index(7), torch.tensor(perm)) if 7 in v.shape else v
     state = _values(learner)
-    if not learner.transfers:
+    if learner.transfers:
+        own = state.keys() - _shared(learner, state).keys()
+        state |= {k: reordered(state[k]) for k in own}
+    else:
         if not any(7 in v.shape for v in state.values()):
             raise _Skip('no parameter has a dimension of C')
         state = {k: reordered(v) for k, v in state.items()}
@@ -585,9 +608,11 @@ def _other_classes(t):
         _refused(lambda: learner.for_classes(t.others), 'for_classes')
         raise _Skip('its prompts belong to their classes; for_classes says so')
     other, mine = learner.for_classes(t.others), dict(learner.named_parameters())
-    _none(_differ(_values(learner), _values(other)), 'for_classes changes {}',
+    a, b = (_shared(learner, _values(each)) for each in (learner, other))
+    _none(_differ(a, b), 'for_classes changes {}',
           'copy the parameters: other.load_state_dict(self.state_dict())')
-    same = other.hparams == learner.hparams and other.training == learner.training
+    want = learner.hparams | dict.fromkeys(learner.stays, False)
+    same = other.hparams == want and other.training == learner.training
     _must(same and other.classnames == t.others,
           'for_classes loses hparams, the new names or the mode', 'build with the same hparams')
     teapots = learner.for_classes(['teapot'])

@@ -8,7 +8,6 @@ __all__ = ['CoOp', 'nearest_words']
 # %% ../nbs/11_coop.ipynb #11-003
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .backbone import Backbone
 from .learner import PromptLearner, Recipe
@@ -40,7 +39,7 @@ class CoOp(PromptLearner):
         self.sentences = place(backbone, self.classnames, M, position, words)
 
     def text_features(self) -> Tensor: # [C, E], unit rows
-        return F.normalize(self.text(self.sentences, self.ctx), dim=-1)
+        return self.scaled(self.text(self.sentences, self.ctx))
 
     @property
     def transfers(self) -> bool:

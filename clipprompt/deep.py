@@ -8,7 +8,6 @@ __all__ = ['check_depth', 'VPT', 'IVLP', 'Couplings', 'MaPLe']
 # %% ../nbs/13_deep.ipynb #13-003
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .backbone import Backbone
 from .learner import PromptLearner, Recipe
@@ -40,7 +39,7 @@ class VPT(PromptLearner):
         self.visual_ctx = Prompts(n_visual, backbone.vision_width, J, seed=seed)
 
     def image_features(self, images:Tensor) -> Tensor: # [B, E], unit rows
-        return F.normalize(self.vision(images, self.visual_ctx), dim=-1)
+        return self.scaled(self.vision(images, self.visual_ctx))
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
@@ -76,10 +75,10 @@ class IVLP(PromptLearner):
         self.sentences = place(backbone, self.classnames, self.ctx.tokens.shape[1], words=words)
 
     def text_features(self) -> Tensor: # [C, E], unit rows
-        return F.normalize(self.text(self.sentences, self.ctx), dim=-1)
+        return self.scaled(self.text(self.sentences, self.ctx))
 
     def image_features(self, images:Tensor) -> Tensor: # [B, E], unit rows
-        return F.normalize(self.vision(images, self.visual_ctx), dim=-1)
+        return self.scaled(self.vision(images, self.visual_ctx))
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
@@ -129,11 +128,11 @@ class MaPLe(PromptLearner):
         self.sentences = place(backbone, self.classnames, self.ctx.tokens.shape[1], words=words)
 
     def text_features(self) -> Tensor: # [C, E], unit rows
-        return F.normalize(self.text(self.sentences, self.ctx), dim=-1)
+        return self.scaled(self.text(self.sentences, self.ctx))
 
     def image_features(self, images:Tensor) -> Tensor: # [B, E], unit rows
         visual = Given(self.proj(self.ctx.tokens))
-        return F.normalize(self.vision(images, visual), dim=-1)
+        return self.scaled(self.vision(images, visual))
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:

@@ -169,7 +169,8 @@ class _Taught(PromptLearner):
     def text_features(self) -> Tensor: # T [C, E_t], unit rows
         "The teacher's; computed once"
         if self._T is None: self._T = self.teacher.text_features().detach()
-        return self._T.to(self.backbone.dtype)
+        T = F.normalize(self._T, dim=-1) if self.teacher.raw else self._T
+        return T.to(self.backbone.dtype)
 
     @torch.no_grad()
     def teacher_logits(self, images:Tensor,  # [B, 3, H, W]

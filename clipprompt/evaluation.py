@@ -99,7 +99,8 @@ def encode(
     """
     how = dict(seed=seed, epoch=epoch, progress=progress, workers=workers)
     is_frozen = type(learner).image_features is Classifier.image_features
-    if is_frozen: return frozen_features(learner, pictures, **how), pictures.labels
+    if is_frozen:
+        return frozen_features(learner, pictures, raw=learner.raw, **how), pictures.labels
     parts = [f for f, _ in _encoded(learner, pictures, batch_size, **how)]
     return torch.cat(parts), pictures.labels
 

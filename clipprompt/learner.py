@@ -36,6 +36,7 @@ class Classifier(nn.Module):
     # What its batches bring behind images and labels: 'frozen' (CLIP's features of the same
     # images, [B, E]), 'domains' ([B])
     reads = ()
+    raw = False  # does it read features as the towers give them, not scaled to length one?
 
     def __init__(self,
         backbone:Backbone,     # borrowed: not a submodule, not saved
@@ -67,16 +68,21 @@ class Classifier(nn.Module):
         features = images if images.ndim == 2 else self.vision(images)
         return features if raw else F.normalize(features, dim=-1)
 
-    def text_features(self) -> Tensor|None: # [C, E], unit rows
-        "Features of the classes; None in a method whose class features depend on the image"
-        return self.frozen_text([f'{self.backbone.phrase} {c}.' for c in self.classnames])
+    def scaled(self, features:Tensor) -> Tensor: # [..., E], from a tower
+        "Unit rows, or where `raw` the features as they are"
+        return features if self.raw else F.normalize(features, dim=-1)
 
-    def image_features(self, images:Tensor) -> Tensor: # [B, 3, H, W] -> [B, E], unit rows
+    def text_features(self) -> Tensor|None: # [C, E], unit rows unless `raw`
+        "Features of the classes; None in a method whose class features depend on the image"
+        texts = [f'{self.backbone.phrase} {c}.' for c in self.classnames]
+        return self.frozen_text(texts, raw=self.raw)
+
+    def image_features(self, images:Tensor) -> Tensor: # [B, 3, H, W] -> [B, E], unit rows or `raw`
         "Features of images; [B, E] passes, so that kept features can take the place of images"
-        return images if images.ndim == 2 else self.frozen_image(images)
+        return images if images.ndim == 2 else self.frozen_image(images, raw=self.raw)
 
     def logits(self,
-        image_features:Tensor,           # [B, E]
+        image_features:Tensor,           # [B, E], as `image_features` gives them
         text_features:Tensor|None=None,  # [C, E]; computed when not given
     ) -> Tensor: # [B, C]
         "Scaled cosines"
@@ -145,7 +151,8 @@ class Recipe:
     betas:tuple=(.9, .999)      # of Adam and AdamW
     eps:float=1e-8
     weight_decay:float=5e-4
-    # parameters whose names begin so get their own: {'meta_net': {'lr': .01, 'weight_decay': 0}}
+    # parameters whose names begin so get their own: {'meta_net': {'lr': .01, 'weight_decay': 0}};
+    # 'times' multiplies the rate: {'linear': {'times': 6.5}} follows `lr` wherever it goes
     groups:dict=field(default_factory=dict)
     clip_norm:float|None=None   # longest gradient, over all parameters
     accumulate:int=1            # batches whose mean gradient makes one step
@@ -265,6 +272,15 @@ class PromptLearner(_Trainable):
     method = 'prompt-learner'  # its name on the command line and in files
     transfers = True           # can it be bound to other classes?
     look = None                # (colour, marker) in figures; None: the book's palette, or grey
+    # what only the classes it was trained on have use for: an argument that a copy for others turns
+    # off, and the beginnings of the names of the parameters that go with it
+    stays = {}
+
+    def carried(self,
+        classnames:list[str],
+    ) -> tuple[dict, dict[str, Tensor]]: # hparams, and what `state_dict` gives
+        "What a copy for other classes takes along"
+        return self.hparams, self.state_dict()
 
     def for_classes(self, classnames:list[str]) -> 'PromptLearner':
         """
@@ -275,9 +291,10 @@ class PromptLearner(_Trainable):
         if not self.transfers:
             raise ValueError(f'{self.method} prompts belong to the classes they were trained on '
                              'and cannot be used for other names')
-        other = type(self)(self.backbone, classnames, **self.hparams)
+        hparams, state = self.carried(classnames)
+        other = type(self)(self.backbone, classnames, **hparams)
         for p in self.parameters(): other.to(p)            # same device and precision
-        other.load_state_dict(self.state_dict())
+        other.load_state_dict(state)
         other.text, other.vision = self.text, self.vision  # with their settings
         return other.train(self.training)
 

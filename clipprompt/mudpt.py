@@ -9,7 +9,6 @@ __all__ = ['FUSIONS', 'Injection', 'MuDPT']
 import torch
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .backbone import Backbone, nearest
 from .deep import check_depth
@@ -104,10 +103,10 @@ class MuDPT(PromptLearner):
         return torch.cat([text[:1], deeper]), image + sent
 
     def text_features(self) -> Tensor: # [C, E], unit rows
-        return F.normalize(self.text(self.sentences, Given(self.fused()[0])), dim=-1)
+        return self.scaled(self.text(self.sentences, Given(self.fused()[0])))
 
     def image_features(self, images:Tensor) -> Tensor: # [B, E], unit rows
-        return F.normalize(self.vision(images, Given(self.fused()[1])), dim=-1)
+        return self.scaled(self.vision(images, Given(self.fused()[1])))
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:

@@ -179,11 +179,13 @@ class Answers:
         pixels = test_transform(self.clip, raw=True)(to_picture(picture))
         image = normalised(pixels[None].to(self.clip.device), self.clip)     # [1, 3, H, W]
         with self.lock:
-            methods, frozen = self.learners.values(), None
+            methods, frozen = self.learners.values(), {}  # by whether they are scaled
             found = []
             for name, m, text in zip(self.names, methods, self.texts):
-                if not m.learns_image: frozen = frozen or gaze(m, image)
-                feature, patches, slots = gaze(m, image) if m.learns_image else frozen
+                seen = frozen.get(m.raw)
+                if m.learns_image or not seen: seen = gaze(m, image)
+                if not m.learns_image: frozen[m.raw] = seen
+                feature, patches, slots = seen
                 logits = m.logits(feature, text)[0].float()                  # [C]
                 found.append(dict(name=name, top=self._best(m, logits), attention=_rounded(patches),
                                   slots=_rounded(slots) if len(slots[0]) else None))

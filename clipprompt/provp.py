@@ -73,7 +73,7 @@ class ProVP(Templated):
         self.visual_ctx = Progressive(n_visual, width, depth, alpha, seed)  # [J, n, d_v]
 
     def image_features(self, images:Tensor) -> Tensor: # [B, E], unit rows
-        return F.normalize(self.vision(images, self.visual_ctx), dim=-1)
+        return self.scaled(self.vision(images, self.visual_ctx))
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:

@@ -12,6 +12,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .backbone import nearest
 from .data import DataSet
@@ -37,12 +38,21 @@ def lr_at(recipe:Recipe,
     return low + .5*(top-low)*(1+math.cos(math.pi*past/recipe.epochs))
 
 # %% ../nbs/05c_steps.ipynb #05c-012
+def _group(lr:float, own:dict) -> dict:
+    "Parameters with settings of their own, or with a multiple of the recipe's rate"
+    group = dict(params=[], lr=lr) | own
+    times = group.pop('times', 1)
+    if isinstance(times, bool) or not isinstance(times, (int, float)) or not times >= 0:
+        raise ValueError(f'times of a group must be a number of at least 0, not {times!r}')
+    return group | dict(lr=group['lr']*times)
+
 def optimizer_of(learner:PromptLearner, recipe:Recipe) -> torch.optim.Optimizer:
     "What the recipe asks for. Raises ValueError for a group that names no parameter"
-    groups = {prefix: dict(params=[], lr=recipe.lr) | own for prefix, own in recipe.groups.items()}
+    groups = {prefix: _group(recipe.lr, own) for prefix, own in recipe.groups.items()}
     names = [name for name, _ in learner.named_parameters()]
+    left = [start for starts in learner.stays.values() for start in starts]  # some copies lack them
     for prefix in groups:
-        if not any(name.startswith(prefix) for name in names):
+        if prefix not in left and not any(name.startswith(prefix) for name in names):
             raise ValueError(f"no parameter of {learner.method} begins with '{prefix}', which "
                              f'groups names; {nearest(prefix, names)}')
     rest = dict(params=[], lr=recipe.lr)
@@ -152,19 +162,22 @@ class Feed:
         "(images, labels, and what the learner reads besides) of each step"
         return self._features(epoch) if self.from_features else self._images(epoch)
 
-    def _frozen(self, epoch:int) -> Tensor: # [N, E], unit rows
+    def _frozen(self, epoch:int, raw:bool=False) -> Tensor: # [N, E], unit rows unless raw
         "CLIP's features of all pictures, as this epoch sees them"
         view = view_of(self.recipe, epoch)
         if view not in self.views:
             self.views[view] = frozen_features(self.learner, self.pictures, self.seed, view,
-                                               workers=self.workers)
+                                               raw, workers=self.workers)
         return self.views[view]
 
     def _features(self, epoch:int):
-        features = self._frozen(epoch)
+        raw = self.learner.raw
+        features = self._frozen(epoch, raw)
         for at in shuffled(len(self.pictures), self.recipe.batch_size, self.seed, epoch):
             at = at.to(self.device)
-            yield features[at], self.labels[at], *self._beside(at, features[at])
+            x = features[at]
+            frozen = F.normalize(x, dim=-1) if raw else x
+            yield x, self.labels[at], *self._beside(at, frozen)
 
     def _images(self, epoch:int):
         reads_frozen = 'frozen' in self.learner.reads

@@ -25,6 +25,7 @@ from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
 from clipprompt.backbone import Backbone
 from clipprompt.deep import IVLP, VPT, MaPLe
+from clipprompt.dept import DePT
 from clipprompt.inside import MMA, MMRL, ClipLoRA
 from clipprompt.distill import PromptKD
 from clipprompt.metaprompt import MetaPrompt
@@ -244,6 +245,19 @@ def recorded_teacher(g):
     assert found == sum(p.numel() for p in params.values())
     return teacher
 
+# dept
+WHERE['DePT (on CoOp)'] = DePT, {'ctx': TEXT['ctx']} | {
+    f'film_{theirs}.{w}': (f'film_{ours}.{w}', ...)
+    for theirs, ours in (('img', 'image'), ('text', 'text'))
+    for w in ('scale', 'bias')
+} | {n: (n, ...) for n in ('linear.weight', 'linear.bias')}
+
+def dept_hparams(J):
+    "The share by our name; the factor between the rates is in `lr_per_step_new`"
+    hparams = {k: v for k, v in J['hparams'].items() if k != 'lr_exp'}
+    return hparams | dict(share=hparams.pop('weight'))
+# end of dept
+
 MODES = ('restore', 'clean')   # of MetaPrompt, recorded beside the reference's own
 
 class Literal(MetaPrompt):
@@ -288,6 +302,7 @@ def learner_of(g):
         hparams |= dict(templates=g.json['templates'], ctx_init=None)
     if issubclass(cls, Variational): hparams['samples'] = hparams.pop('L')
     if issubclass(cls, Anchored): hparams = anchored_hparams(g.json)
+    if cls is DePT: hparams = dept_hparams(g.json)
     # a case without words starts from random vectors
     if 'ctx_init' in signature(cls).parameters: hparams.setdefault('ctx_init', None)
     assert init <= set(where), f'recorded parameters that are not tested: {init-set(where)}'
