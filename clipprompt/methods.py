@@ -27,6 +27,7 @@ from clipprompt.backbone import (Backbone, Takes, UnfitError, build_backbone, lo
 from .cocoop import CoCoOp
 from .coop import CoOp
 from .deep import IVLP, VPT, MaPLe
+from .dept import DePT
 from .distill import PromptKD
 from .figures import colour, marker
 from .inside import MMA, MMRL, ClipLoRA
@@ -48,7 +49,7 @@ BOOK = (ZeroShot, BestTemplate, LinearProbe, CoOp, CoCoOp, VPT, IVLP, MaPLe, MuD
         MetaPrompt, MAPDAFE, VariationalCoOp, VariationalCoCoOp)
 # What people compare them with
 RIVALS = (KgCoOp, ProGrad, PromptSRC, TCP, ClipAdapter, TipAdapter, TipAdapterF, TaskRes,
-          LPPlusPlus, ClipLoRA, MMA, MMRL, PromptKD)
+          LPPlusPlus, ClipLoRA, MMA, MMRL, PromptKD, DePT)
 # Of these a comparison takes one of each kind that trains in seconds, the others when asked: behind
 # the towers, from kept pictures, inside the blocks
 BESIDE = ClipAdapter, TipAdapterF, MMA
