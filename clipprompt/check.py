@@ -56,8 +56,10 @@ class Golden:
         "The images and labels of a step"
         images = self.tensors['batch.images'][step].to(self.dtype)
         labels = self.tensors['batch.labels'][step].long()
+        def kept(name): return self.tensors[f'batch.{name}'][step]
         beside = {'frozen': lambda: learner.frozen_image(images),
-                  'domains': lambda: self.tensors['batch.domains'][step].long()}
+                  'domains': lambda: kept('domains').long(),
+                  'second': lambda: learner.frozen_image(kept('images2').to(self.dtype))}
         reads = learner.reads if learner else ()
         return images, labels, *(beside[what]() for what in reads)
 
@@ -326,8 +328,10 @@ class _Trial(_Subject):
 
     def batch(self, learner, images=None) -> tuple[Tensor, ...]:
         images = self.images if images is None else images
-        beside = {'frozen': learner.frozen_image(images), 'domains': torch.arange(8) % 3}
-        return images, self.labels, *(beside[what] for what in learner.reads)
+        beside = {'frozen': lambda: learner.frozen_image(images),
+                  'domains': lambda: torch.arange(8) % 3,
+                  'second': lambda: learner.frozen_image(images.flip(-1))}
+        return images, self.labels, *(beside[what]() for what in learner.reads)
 
     def loss(self, learner) -> Tensor:
         with _seeded(): return learner.train().loss(*self.batch(learner))

@@ -34,7 +34,7 @@ class Classifier(nn.Module):
     """
     learns_text = learns_image = False  # which features depend on what is learned
     # What its batches bring behind images and labels: 'frozen' (CLIP's features of the same
-    # images, [B, E]), 'domains' ([B])
+    # images, [B, E]), 'domains' ([B]), 'second' (CLIP's features of another view of them, [B, E])
     reads = ()
     raw = False  # does it read features as the towers give them, not scaled to length one?
 

@@ -150,9 +150,19 @@ class Feed:
         if 'domains' in learner.reads: self.domains = self.pictures.domains.to(self.device)
         self.labels = self.pictures.labels.to(self.device)  # [N]
         self.from_features = bool(recipe.views) and not learner.learns_image
+        if 'second' in learner.reads and recipe.views == 1:
+            raise ValueError(f'{learner.method} compares two views of a picture and views is 1; '
+                             'give views=2 or more, or None')
         if self.from_features: return
-        plan = _Plan(len(self.pictures), recipe, seed, first)
-        self.batches = iter(reader(Augmented(self.pictures, seed), plan, self.device, workers))
+        self.batches = self._read(seed, first)
+        if 'second' in learner.reads and not recipe.views:
+            self.others = self._read(mixed(seed, 2), first)
+
+    def _read(self, seed:int, first:int) -> Iterator[tuple]:
+        "All batches of pictures from an epoch on, augmented as this seed draws"
+        plan = _Plan(len(self.pictures), self.recipe, self.seed, first)
+        source = Augmented(self.pictures, seed)
+        return iter(reader(source, plan, self.device, self.workers))
 
     @property
     def steps(self) -> int: # of an epoch
@@ -162,9 +172,8 @@ class Feed:
         "(images, labels, and what the learner reads besides) of each step"
         return self._features(epoch) if self.from_features else self._images(epoch)
 
-    def _frozen(self, epoch:int, raw:bool=False) -> Tensor: # [N, E], unit rows unless raw
-        "CLIP's features of all pictures, as this epoch sees them"
-        view = view_of(self.recipe, epoch)
+    def _frozen(self, view:int, raw:bool=False) -> Tensor: # [N, E], unit rows unless raw
+        "CLIP's features of this view of all pictures"
         if view not in self.views:
             self.views[view] = frozen_features(self.learner, self.pictures, self.seed, view,
                                                raw, workers=self.workers)
@@ -172,25 +181,34 @@ class Feed:
 
     def _features(self, epoch:int):
         raw = self.learner.raw
-        features = self._frozen(epoch, raw)
+        features = self._frozen(view_of(self.recipe, epoch), raw)
         for at in shuffled(len(self.pictures), self.recipe.batch_size, self.seed, epoch):
             at = at.to(self.device)
             x = features[at]
             frozen = F.normalize(x, dim=-1) if raw else x
-            yield x, self.labels[at], *self._beside(at, frozen)
+            yield x, self.labels[at], *self._beside(epoch, at, frozen)
 
     def _images(self, epoch:int):
         reads_frozen = 'frozen' in self.learner.reads
-        known = self._frozen(epoch) if reads_frozen and self.recipe.views else None
+        known = None
+        if reads_frozen and self.recipe.views: known = self._frozen(view_of(self.recipe, epoch))
         for images, labels, at in islice(self.batches, self.steps):
             images, labels, at = (t.to(self.device, non_blocking=True)
                                   for t in (images, labels, at))
             images, frozen = normalised(images, self.learner.backbone), None
             if reads_frozen and known is None: frozen = self.learner.frozen_image(images)
             elif reads_frozen: frozen = known[at]
-            yield images, labels, *self._beside(at, frozen)
+            yield images, labels, *self._beside(epoch, at, frozen)
 
-    def _beside(self, at:Tensor, frozen:Tensor|None) -> list[Tensor]:
+    def _second(self, epoch:int, at:Tensor) -> Tensor: # [B, E], unit rows
+        "CLIP's features of another view of these pictures: the next fixed one, or a new one"
+        views = self.recipe.views
+        if views: return self._frozen(view_of(self.recipe, epoch) % views + 1)[at]
+        images = next(self.others)[0].to(self.device, non_blocking=True)
+        return self.learner.frozen_image(normalised(images, self.learner.backbone))
+
+    def _beside(self, epoch:int, at:Tensor, frozen:Tensor|None) -> list[Tensor]:
         domains = None if self.domains is None else self.domains[at]
         there = dict(frozen=frozen, domains=domains)
+        if 'second' in self.learner.reads: there['second'] = self._second(epoch, at)
         return [there[name] for name in self.learner.reads]

@@ -23,6 +23,7 @@ from clipprompt.anchored import Anchored, Aligned, KgCoOp, ProGrad, PromptSRC, a
 from clipprompt.check import Golden
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
+from clipprompt.coprompt import Agreeing, CoPrompt
 from clipprompt.backbone import Backbone
 from clipprompt.deep import IVLP, VPT, MaPLe
 from clipprompt.dept import DePT
@@ -258,6 +259,22 @@ def dept_hparams(J):
     return hparams | dict(share=hparams.pop('weight'))
 # end of dept
 
+# coprompt
+WHERE['CoPrompt'] = CoPrompt, WHERE['MaPLe'][1] | {
+    n: (n, ...)
+    for tower in ('image', 'text')
+    for m in ('down', 'up')
+    for n in [f'adapter_{tower}.{m}.weight']
+}
+
+def coprompt_hparams(J):
+    "The start is that of the recorded sentences: their words, or noise where they are X X"
+    name = J['classnames'][0].replace('_', ' ')
+    words = J['prompts'][0].removesuffix(f' {name}.')
+    hparams = {k: v for k, v in J['hparams'].items() if k != 'dataset'}
+    return dict(ctx_init=None if set(words) <= {'X', ' '} else words) | hparams
+# end of coprompt
+
 MODES = ('restore', 'clean')   # of MetaPrompt, recorded beside the reference's own
 
 class Literal(MetaPrompt):
@@ -300,6 +317,7 @@ def learner_of(g):
     if cls is TCP:   # what the optimiser and the sentences took from the reference's settings
         hparams = {k: v for k, v in hparams.items() if k not in ('eps', 'dataset')}
         hparams |= dict(templates=g.json['templates'], ctx_init=None)
+    if cls is CoPrompt: hparams = coprompt_hparams(g.json)
     if issubclass(cls, Variational): hparams['samples'] = hparams.pop('L')
     if issubclass(cls, Anchored): hparams = anchored_hparams(g.json)
     if cls is DePT: hparams = dept_hparams(g.json)
@@ -333,6 +351,8 @@ def injected(g):
         if isinstance(learner, Variational):
             if step is None: learner.eps = g.tensors['eval.eps'][:, :, 0].transpose(0, 1)
             else: learner.eps = g.tensors['batch.eps'][step]
+        if isinstance(learner, Agreeing) and step is not None:
+            learner.picked = int(g.tensors['batch.picks'][step])
         if isinstance(learner, MMA): learner.boost = 1/learner.hparams['scale']
         if 'class_groups' in g.json and step is not None:
             learner.groups = [torch.tensor(group) for group in g.json['class_groups'][step]]
@@ -352,6 +372,7 @@ def at_the_start(g, learner, where):
         other = learner.for_classes(g.json['new_classnames'])
         return g.error('frozen_text', learner.frozen_classes()) | g.error(
             'new_frozen_text', other.frozen_classes())
+    if isinstance(learner, Agreeing): return g.error('frozen_text', learner.frozen_descriptions())
     z = learner.frozen_image(x)
     if isinstance(learner, Anchored): return zero_shot_errors(g, learner, x)
     if isinstance(learner, Variational):
