@@ -36,32 +36,28 @@ def linear_head(width:int, n_classes:int, seed:int=0) -> nn.Linear: # [..., E] -
         torch.manual_seed(seed)
         return nn.Linear(width, n_classes)
 
-# %% ../nbs/18h_dept.ipynb #18h-015
-def rows_of(
-    names:list[str],
-    known:list[str], # the classes of a head, in its order
-) -> list[int]|None: # None: some are not known
-    "The rows of classes that a head knows"
-    if names == known: return list(range(len(known)))   # also where a name is there twice
-    at = {name: i for i, name in reversed(list(enumerate(known)))}
-    if any(name not in at for name in names): return None
-    return [at[name] for name in names]
-
 # %% ../nbs/18h_dept.ipynb #18h-018
-class Decoupled:
-    """
-    Put before a learner, gives the classes it is trained on a linear head (Zhang et al. 2024)
+def _must_fit(learner:PromptLearner):
+    w, head, method = learner.hparams['share'], learner.hparams['head'], learner.method
+    if isinstance(w, bool) or not isinstance(w, (int, float)) or not 0 <= w <= 1:
+        raise ValueError(f'share must be a number from 0 to 1, not {w!r}')
+    if not isinstance(head, bool): raise ValueError(f'head must be True or False, not {head!r}')
+    if learner.per_image or learner.drawn:
+        raise ValueError(f'{method} has no class features that hold for all images, which the '
+                         'second head learns from; put it before another learner')
+    if type(learner).training_step is not PromptLearner.training_step:
+        raise ValueError(f'{method} takes steps of its own, in which a second head has no part; '
+                         'put it before another learner')
 
-    Section 3 of the paper, details as in the released code. Raises ValueError for a share that is
-    none, and around a learner without class features or with steps of its own.
-    """
-    raw = True                             # the second head reads features before they are scaled
+class _TwoHeads:
+    "Predicts with the host's logits and a linear head"
+    raw = True   # the head reads features before they are scaled
     stays = dict(head=('film_', 'linear.'))
 
     def __init__(self, backbone:Backbone, classnames:list[str],
         share:float=.7, # of the linear head in loss and prediction, w, from 0 to 1
         head:bool=True, # False: none, as in a copy for other classes
-        **hparams,      # the learner's own
+        **hparams,      # the host's own
     ):
         super().__init__(backbone, classnames, **hparams)
         self.hparams |= dict(share=share, head=head)
@@ -75,31 +71,43 @@ class Decoupled:
     def head(self) -> bool: return self.hparams['head']
 
     def linear_logits(self, u:Tensor) -> Tensor: # Z: [..., E] -> [..., C]
-        "What the second head says of features behind their channel-wise maps"
+        "What the linear head says of features behind their channel-wise maps"
         return F.linear(u, self.linear.weight.to(u), self.linear.bias.to(u))
+
+    def similarity(self, f:Tensor, t:Tensor|None=None) -> Tensor: # S: [B, E], [C, E] -> [B, C]
+        "The host's logits of unit rows"
+        return super().logits(f, t)
 
     def logits(self,
         image_features:Tensor,           # [B, E], as the tower gives them
         text_features:Tensor|None=None,  # [C, E], the same
     ) -> Tensor: # [B, C]
-        "Both heads, or the host's where there is no other"
+        "Of both heads, or the host's where there is no other"
         t = self.text_features() if text_features is None else text_features
-        S = super().logits(F.normalize(image_features, dim=-1), F.normalize(t, dim=-1))
+        S = self.similarity(F.normalize(image_features, dim=-1), F.normalize(t, dim=-1))
         if not self.head: return S
         Z, w = self.linear_logits(self.film_image(image_features)), self.hparams['share']
         return (1-w)*S + w*Z
 
+# %% ../nbs/18h_dept.ipynb #18h-018e
+class _Sharing(_TwoHeads):
+    "Learns with both heads from features that are computed once"
     @contextmanager
     def _hosting(self, images:Tensor, x:Tensor, t:Tensor): # raw features of these images, of classes
         "For the host's loss: its own logits, and features of length one that are known already"
         more, f, t = self.image_features, F.normalize(x, dim=-1), F.normalize(t, dim=-1)
         def image_features(other):  # a host may look at other images, too
             return f if other is images else F.normalize(more(other), dim=-1)
-        held = dict(image_features=image_features, text_features=lambda: t, logits=super().logits)
-        vars(self).update(held)     # on this learner, before its class is asked
+        held = dict(image_features=image_features, text_features=lambda: t, logits=self.similarity)
+        vars(self).update(held)     # found on the learner before its class is asked
         try: yield
         finally:
             for name in held: del vars(self)[name]
+
+    def linear_loss(self, x:Tensor, t:Tensor, labels:Tensor) -> Tensor: # scalar
+        "Of the linear head, on each picture's class feature and on the pictures"
+        u = torch.cat([self.film_text(t[labels]), self.film_image(x)])   # [2B, E]
+        return F.cross_entropy(self.linear_logits(u), torch.cat([labels, labels]))
 
     def loss_terms(self, images:Tensor, labels:Tensor,
         *beside:Tensor, # what the host reads
@@ -108,18 +116,34 @@ class Decoupled:
         with self._hosting(images, x, t): host = super().loss_terms(images, labels, *beside)
         terms = {'ce' if name == 'xe' else name: term for name, term in host.items()}
         if not self.head: return terms
-        u = torch.cat([self.film_text(t[labels]), self.film_image(x)])   # [2B, E]
-        linear = F.cross_entropy(self.linear_logits(u), torch.cat([labels, labels]))
-        return terms | dict(ce_linear=linear)
+        return terms | dict(ce_linear=self.linear_loss(x, t, labels))
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        "(1-w) and w, and the host's own"
         w = self.hparams['share']
         return super().loss_weights | (dict(ce=1-w, ce_linear=w) if self.head else {})
 
+# %% ../nbs/18h_dept.ipynb #18h-015
+def rows_of(
+    names:list[str],
+    known:list[str], # the classes of a head, in its order
+) -> list[int]|None: # None: some are not known
+    "The rows of classes that a head knows"
+    if names == known: return list(range(len(known)))   # also where a name is there twice
+    at = {name: i for i, name in reversed(list(enumerate(known)))}
+    if any(name not in at for name in names): return None
+    return [at[name] for name in names]
+
+# %% ../nbs/18h_dept.ipynb #18h-018h
+class Decoupled(_Sharing):
+    """
+    Put before a learner, gives the classes it is trained on a linear head (Zhang et al. 2024)
+
+    Section 3 of the paper, details as in the released code. Raises ValueError for a share that is
+    none, and around a learner without class features or with steps of its own.
+    """
     def carried(self, classnames:list[str]) -> tuple[dict, dict[str, Tensor]]:
-        "The host's; the head's rows only where all classes are known to it"
+        "The host's; the head's rows only where it knows all these classes"
         hparams, state = super().carried(classnames)
         if not self.head: return hparams, state
         rows = rows_of(clean_names(classnames), self.classnames)
@@ -134,18 +158,6 @@ class Decoupled:
         faster = {start: dict(times=6.5) for start in cls.stays['head']}
         return replace(super().recipe(setting, shots, dataset), lr=.0035, epochs=10, batch_size=4,
                        groups=faster, source='DePT repository, configurations *_ep10_*bs4_lr35')
-
-def _must_fit(learner:Decoupled):
-    w, head, method = learner.hparams['share'], learner.hparams['head'], learner.method
-    if isinstance(w, bool) or not isinstance(w, (int, float)) or not 0 <= w <= 1:
-        raise ValueError(f'share must be a number from 0 to 1, not {w!r}')
-    if not isinstance(head, bool): raise ValueError(f'head must be True or False, not {head!r}')
-    if learner.per_image or learner.drawn:
-        raise ValueError(f'{method} has no class features that hold for all images, which the '
-                         'second head learns from; put it before another learner')
-    if type(learner).training_step is not PromptLearner.training_step:
-        raise ValueError(f'{method} takes steps of its own, in which a second head has no part; '
-                         'put it before another learner')
 
 # %% ../nbs/18h_dept.ipynb #18h-020
 class DePT(Decoupled, CoOp):

@@ -58,7 +58,7 @@ def host_of(learner):
     return host
 
 
-# ---- the equations --------------------------------------------------------------------------------
+# ---- the equations -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('cls', HOSTS)
 def test_both_heads_by_hand(clip, cls):
@@ -154,7 +154,7 @@ def test_length_of_raw_features_counts(clip):
     torch.testing.assert_close(far-.3*S-.7*b, 3*(near-.3*S-.7*b))
 
 
-# ---- the start ------------------------------------------------------------------------------------
+# ---- the start -----------------------------------------------------------------------------------
 
 def test_start(clip):
     a, b, c = (DePT(clip, NAMES, seed=s) for s in (1, 1, 2))
@@ -177,7 +177,7 @@ def test_number_of_parameters(clip):
     assert 16*512 + 4*512 + 19*513 == 19_987
 
 
-# ---- whose head it is -----------------------------------------------------------------------------
+# ---- whose head it is ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize('cls', HOSTS)
 def test_new_classes_do_not_read_the_head(clip, cls):
@@ -223,7 +223,7 @@ def test_without_a_head_it_is_coop(clip, half, photos):
         progress=False)
 
 
-# ---- training -------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 def test_two_rates(clip):
     "New layers at 6.5 times the prompt's; at one rate in the first epoch; tuned together"
@@ -321,7 +321,7 @@ def test_half_precision(half, photos, precision, cls):
     assert all(torch.isfinite(torch.tensor(result.losses)))
 
 
-# ---- others who read features ---------------------------------------------------------------------
+# ---- others who read features --------------------------------------------------------------------
 
 def test_a_teacher(half, photos):
     "PromptKD's student compares with class features of length one"
@@ -346,7 +346,7 @@ def test_beside_others_on_a_page(half, photos, order):
         assert alone['top'] == answer['top']
 
 
-# ---- the contract, and what is refused ------------------------------------------------------------
+# ---- the contract, and what is refused -----------------------------------------------------------
 
 @pytest.mark.parametrize('cls,given', [
     (DePT, dict(share=.3, n_ctx=2)), (DePT, dict(csc=True, n_ctx=2)), (DePT, dict(head=False)),
