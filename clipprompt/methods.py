@@ -26,6 +26,7 @@ from clipprompt.backbone import (Backbone, Takes, UnfitError, build_backbone, lo
     nearest, takes)
 from .cocoop import CoCoOp
 from .coop import CoOp
+from .coprompt import CoPrompt
 from .deep import IVLP, VPT, MaPLe
 from .dept import DePT
 from .distill import PromptKD
@@ -49,7 +50,7 @@ BOOK = (ZeroShot, BestTemplate, LinearProbe, CoOp, CoCoOp, VPT, IVLP, MaPLe, MuD
         MetaPrompt, MAPDAFE, VariationalCoOp, VariationalCoCoOp)
 # What people compare them with
 RIVALS = (KgCoOp, ProGrad, PromptSRC, TCP, ClipAdapter, TipAdapter, TipAdapterF, TaskRes,
-          LPPlusPlus, ClipLoRA, MMA, MMRL, PromptKD, DePT)
+          LPPlusPlus, ClipLoRA, MMA, MMRL, PromptKD, CoPrompt, DePT)
 # Of these a comparison takes one of each kind that trains in seconds, the others when asked: behind
 # the towers, from kept pictures, inside the blocks
 BESIDE = ClipAdapter, TipAdapterF, MMA

@@ -174,10 +174,10 @@ class Feed:
 
     def _frozen(self, view:int, raw:bool=False) -> Tensor: # [N, E], unit rows unless raw
         "CLIP's features of this view of all pictures"
-        if view not in self.views:
-            self.views[view] = frozen_features(self.learner, self.pictures, self.seed, view,
-                                               raw, workers=self.workers)
-        return self.views[view]
+        if (view, raw) not in self.views:
+            self.views[view, raw] = frozen_features(self.learner, self.pictures, self.seed, view,
+                                                    raw, workers=self.workers)
+        return self.views[view, raw]
 
     def _features(self, epoch:int):
         raw = self.learner.raw
