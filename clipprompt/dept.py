@@ -93,7 +93,7 @@ class _TwoHeads:
 class _Sharing(_TwoHeads):
     "Learns with both heads from features that are computed once"
     @contextmanager
-    def _hosting(self, images:Tensor, x:Tensor, t:Tensor): # raw features of these images, of classes
+    def _hosting(self, images:Tensor, x:Tensor, t:Tensor): # and raw features: [B, E], [C, E]
         "For the host's loss: its own logits, and features of length one that are known already"
         more, f, t = self.image_features, F.normalize(x, dim=-1), F.normalize(t, dim=-1)
         def image_features(other):  # a host may look at other images, too
