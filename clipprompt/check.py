@@ -138,8 +138,8 @@ def _every_step(golden, learner, params, where, inject) -> dict[str, float]:
         errors |= golden.error(f'param_trace.{name}', torch.stack(values))
     return errors
 
-def _by_rate(golden, params, where) -> tuple[list[dict], list[list]]: # groups, and the rates of each
-    "One group; two where all but the context were recorded at another rate"
+def _by_rate(golden, params, where) -> tuple[list[dict], list[list]]:
+    "Groups and the rates of each; two where all but the context were recorded at another rate"
     rates = [golden.json['lr_per_step']]
     if 'lr_per_step_new' not in golden.json: return [dict(params=list(params.values()))], rates
     ctx = where['ctx'][0]

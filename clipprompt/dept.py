@@ -90,10 +90,18 @@ class _TwoHeads:
         return (1-w)*S + w*Z
 
 # %% ../nbs/18h_dept.ipynb #18h-018e
+def _must_be_raw(**features:Tensor): # [..., E], by what they are of
+    for what, f in features.items():
+        if not (f.norm(dim=-1)-1).abs().max() <= 1e-3: continue  # also where it is not a number
+        raise ValueError(f'the {what} features have length one already, and the linear head reads '
+                         'them as the tower gives them; let the host end in self.scaled(...)')
+
 class _Sharing(_TwoHeads):
     "Learns with both heads from features that are computed once"
+    _looked = False   # at whether the host leaves features unscaled
+
     @contextmanager
-    def _hosting(self, images:Tensor, x:Tensor, t:Tensor): # raw features of these images, of classes
+    def _hosting(self, images:Tensor, x:Tensor, t:Tensor): # and raw features: [B, E], [C, E]
         "For the host's loss: its own logits, and features of length one that are known already"
         more, f, t = self.image_features, F.normalize(x, dim=-1), F.normalize(t, dim=-1)
         def image_features(other):  # a host may look at other images, too
@@ -113,6 +121,8 @@ class _Sharing(_TwoHeads):
         *beside:Tensor, # what the host reads
     ) -> dict[str, Tensor]:
         x, t = self.image_features(images), self.text_features()   # [B, E], [C, E]
+        if not self._looked: _must_be_raw(image=x.detach(), text=t.detach())
+        self._looked = True
         with self._hosting(images, x, t): host = super().loss_terms(images, labels, *beside)
         terms = {'ce' if name == 'xe' else name: term for name, term in host.items()}
         if not self.head: return terms
@@ -139,8 +149,8 @@ class Decoupled(_Sharing):
     """
     Put before a learner, gives the classes it is trained on a linear head (Zhang et al. 2024)
 
-    Section 3 of the paper, details as in the released code. Raises ValueError for a share that is
-    none, and around a learner without class features or with steps of its own.
+    Details as in the released code. Raises ValueError for a share that is none, and around a
+    learner without class features, with steps of its own, or that scales features by itself.
     """
     def carried(self, classnames:list[str]) -> tuple[dict, dict[str, Tensor]]:
         "The host's; the head's rows only where it knows all these classes"

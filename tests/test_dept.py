@@ -6,20 +6,22 @@ import torch
 from torch.nn import functional as F
 
 from clipprompt.anchored import KgCoOp, ProGrad, PromptSRC
-from clipprompt.check import check_learner
+from clipprompt.check import ContractError, check_learner
 from clipprompt.cocoop import CoCoOp
 from clipprompt.coop import CoOp
-from clipprompt.deep import IVLP, MaPLe
+from clipprompt.deep import IVLP, VPT, MaPLe
 from clipprompt.dept import Channelwise, Decoupled, DePT, linear_head, rows_of
 from clipprompt.distill import PromptKD
 from clipprompt.evaluation import encode, evaluate
 from clipprompt.hooks import Hook
+from clipprompt.inside import ClipLoRA
 from clipprompt.learner import Classifier, Recipe, read_prompts
 from clipprompt.mudpt import MuDPT
 from clipprompt.page import Answers
 from clipprompt.pictures import test_transform
 from clipprompt.provp import ProVPRef
 from clipprompt.steps import Feed, lr_at, optimizer_of
+from clipprompt.tcp import TCP
 from clipprompt.training import fit
 from clipprompt.variational import VariationalCoOp
 from helpers import one_line
@@ -32,10 +34,8 @@ class DeKgCoOp(Decoupled, KgCoOp): method = 'dept-kgcoop'
 class DeMaPLe(Decoupled, MaPLe): method = 'dept-maple'
 class DePromptSRC(Decoupled, PromptSRC): method = 'dept-promptsrc'
 class DeMuDPT(Decoupled, MuDPT): method = 'dept-mudpt'
-class DeProVPRef(Decoupled, ProVPRef): method = 'dept-provp-ref'
 
-HOSTS = {DePT: CoOp, DeKgCoOp: KgCoOp, DeMaPLe: MaPLe, DePromptSRC: PromptSRC, DeMuDPT: MuDPT,
-         DeProVPRef: ProVPRef}
+HOSTS = {DePT: CoOp, DeKgCoOp: KgCoOp, DeMaPLe: MaPLe, DePromptSRC: PromptSRC, DeMuDPT: MuDPT}
 
 def moved(learner, seed=1):
     g = torch.Generator().manual_seed(seed)
@@ -113,6 +113,7 @@ def test_towers_run_once_a_step(clip, monkeypatch):
 def test_nothing_is_left_of_the_hosts_view(clip):
     "Not after a loss, and not after one that failed"
     learner, (x, y) = DeKgCoOp(clip, NAMES).double(), batch(clip)
+    learner.loss(x, y)
     before = set(vars(learner))
     learner.loss(x, y)
     with pytest.raises(IndexError): learner.loss(x, y+9)
@@ -299,9 +300,9 @@ def test_kept_features_are_raw(half, photos):
 
 def test_a_host_gets_frozen_features_of_length_one(half, photos):
     few = photos.few_shot(2)
-    learner = DeProVPRef(half, few.classnames)
+    learner = DePromptSRC(half, few.classnames)
     for views in (None, 2):
-        recipe = replace(DeProVPRef.affordable(), epochs=1, views=views)
+        recipe = replace(DePromptSRC.affordable(), epochs=1, views=views)
         _, _, z = next(Feed(learner, few, recipe, 0, 1).epoch(1))
         torch.testing.assert_close(z.norm(dim=-1), torch.ones(len(z)))
 
@@ -382,9 +383,37 @@ def test_hosts_that_it_cannot_have(clip, host, says):
     with pytest.raises(ValueError) as e: cls(clip, NAMES)
     one_line(e, says, 'another learner')
 
-def test_only_ivlp_without_reading_frozen(clip):
-    "Around independent prompts: another host of the library without a line of its own"
-    cls = type('DeIVLP', (Decoupled, IVLP), dict(method='de-ivlp'))
+@pytest.mark.parametrize('host,what', [(TCP, 'text'), (ClipLoRA, 'image'), (ProVPRef, 'text')])
+def test_hosts_that_scale_by_themselves(clip, host, what):
+    "The head would read features without their length"
+    cls, (x, y) = type('Scales', (Decoupled, host), dict(method='scales')), batch(clip)
+    learner = cls(clip, NAMES).double()
+    with pytest.raises(ValueError) as e: learner.loss(x, y, *beside(learner, x))
+    one_line(e, f'the {what} features have length one', 'self.scaled')
+
+@pytest.mark.parametrize('host', [IVLP, VPT])
+def test_hosts_without_a_line_of_their_own(clip, host):
+    "Prompts in both towers, or in the image tower alone"
+    cls = type('Other', (Decoupled, host), dict(method='other'))
     learner, (x, y) = cls(clip, NAMES).double(), batch(clip)
     grads = torch.autograd.grad(learner.loss(x, y), list(learner.parameters()))
     assert all(g.any() for g in grads)
+
+class Forgets(DePT):
+    "Another share in a copy for other classes"
+    method = 'forgets'
+    def carried(self, classnames):
+        hparams, state = super().carried(classnames)
+        return hparams | dict(share=.1), state
+
+class Clings(DePT):
+    "Says of nothing that it stays, so its copies and their files lack what the contract promises"
+    method, stays = 'clings', {}
+    def carried(self, classnames):
+        own = 'film_', 'linear.'
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith(own)}
+        return self.hparams | dict(head=False), state
+
+@pytest.mark.parametrize('cls', [Forgets, Clings])
+def test_the_contract_finds_copies_that_lose_something(cls):
+    with pytest.raises(ContractError): check_learner(cls, n_ctx=2)
