@@ -161,6 +161,7 @@ def test_other_names_need_no_descriptions(clip, tmp_path):
     (dict(descriptions={'cat': 'one sentence'}), 'give a list'),
     (dict(descriptions={'cat': []}), 'at least one'), (dict(descriptions={}), 'no descriptions'),
     (dict(descriptions=[]), 'no template'), (dict(descriptions=['a cat']), 'exactly one {}'),
+    (dict(descriptions='a cat'), 'exactly one {}'),
     (dict(distance='l1'), "use 'cosine' or 'mse'"), (dict(image_ratio=1.5), 'image_ratio'),
     (dict(text_ratio=float('nan')), 'text_ratio'), (dict(depth=9), 'use 1 to')])
 def test_bad_input(clip, given, says):
