@@ -224,8 +224,8 @@ class TwoPairs(_SideBySide):
         return dict(n_ctx=4, n_visual=4) if setting == 'domain-generalisation' else {}
 
 # %% ../nbs/16_metaprompt.ipynb #16-026b
-class _Episodic(TwoPairs):
-    "What is split, and the loss of one part of it"
+class _Episodic:
+    "Put before the two pairs: what is split, and the loss of one part of it"
     @property
     def reads(self) -> tuple[str, ...]:
         return ('frozen', 'domains') if self.hparams['split'] == 'domain' else ('frozen',)
@@ -248,7 +248,7 @@ class _Episodic(TwoPairs):
         return F.cross_entropy(self.backbone.logit_scale*f @ t.T, part.among(labels))
 
 # %% ../nbs/16_metaprompt.ipynb #16-027
-class MetaPrompt(_Episodic):
+class MetaPrompt(_Episodic, TwoPairs):
     "Alternate episodic training on top of the two pairs (Zhao et al. 2024; the released code)"
     method = 'metaprompt'
     tries = dict(mu=.2), dict(mu=5.), dict(mu=25.)  # weight of the outer step
