@@ -284,35 +284,14 @@ class _Parts(_Frozen):
                                  f'{tower} tower of {self.name} is another; use a plain ViT such '
                                  'as ViT-B-16')
 
-# %% ../nbs/01_backbone.ipynb #01-017
+# %% ../nbs/01_backbone.ipynb #01-063c
 @lru_cache
 def _clip_tokenizer(context_length:int) -> open_clip.SimpleTokenizer:
     "Reading its list of 48,895 merges takes longer than building a small CLIP"
     return open_clip.SimpleTokenizer(context_length=context_length)
 
-class Backbone(_Parts):
-    "A frozen CLIP with its tokenizer, transforms' constants and sizes"
-    def __init__(self,
-        model:nn.Module, # any CLIP of open_clip
-        name:str='custom',
-        tokenizer=None,  # texts -> ids [N, context_length]; CLIP's own by default
-        mean=open_clip.OPENAI_DATASET_MEAN, # of the pixel normalisation, per channel
-        std=open_clip.OPENAI_DATASET_STD,
-        interpolation:str='bicubic', # for resizing images
-        resize_mode:str='shortest',  # side to size and cut the rest off; 'squash': both sides
-        phrase:str='a photo of a', # how its training captions begin
-    ):
-        self.takes = _brings(model, name)
-        self.name, self.model = name, model.eval().requires_grad_(False)
-        self.visual, self.text = model.visual, getattr(model, 'text', model)
-        self._measure()
-        self._learn_words(tokenizer)
-        _check_tokenizer(self)
-        self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
-        self.resize_mode, self.phrase = resize_mode, phrase
-        self.pretrained = self.precision = self.cache = None  # set by `load_backbone`
-        self.lock = RLock()   # towers that run whole hang hooks on the shared model
-
+class _Reading(_Parts):
+    "Texts as ids, and ids as rows"
     def _learn_words(self, tokenizer):
         own = hasattr(self.text, 'token_embedding')  # open_clip's: it knows its context
         length = self.text.context_length if own else 77
@@ -340,6 +319,30 @@ class Backbone(_Parts):
     def embed(self, ids:Tensor) -> Tensor: # [..., L] -> [..., L, D_t]
         "The frozen token embedding, without positions"
         return self.embedding(ids)
+
+# %% ../nbs/01_backbone.ipynb #01-017
+class Backbone(_Reading):
+    "A frozen CLIP with its tokenizer, transforms' constants and sizes"
+    def __init__(self,
+        model:nn.Module, # any CLIP of open_clip
+        name:str='custom',
+        tokenizer=None,  # texts -> ids [N, context_length]; CLIP's own by default
+        mean=open_clip.OPENAI_DATASET_MEAN, # of the pixel normalisation, per channel
+        std=open_clip.OPENAI_DATASET_STD,
+        interpolation:str='bicubic', # for resizing images
+        resize_mode:str='shortest',  # side to size and cut the rest off; 'squash': both sides
+        phrase:str='a photo of a', # how its training captions begin
+    ):
+        self.takes = _brings(model, name)
+        self.name, self.model = name, model.eval().requires_grad_(False)
+        self.visual, self.text = model.visual, getattr(model, 'text', model)
+        self._measure()
+        self._learn_words(tokenizer)
+        _check_tokenizer(self)
+        self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
+        self.resize_mode, self.phrase = resize_mode, phrase
+        self.pretrained = self.precision = self.cache = None  # set by `load_backbone`
+        self.lock = RLock()   # towers that run whole hang hooks on the shared model
 
     def __repr__(self):
         image, text = f'{self.image_size} px', f'{self.context_length} tokens'

@@ -30,9 +30,20 @@ from .learner import Classifier, PromptLearner, Recipe, read_prompts
 from .pictures import Item, test_transform
 from .towers import TextTower, VisionTower
 
-# %% ../nbs/08_check.ipynb #08-005
-class Golden:
-    "A recorded run of reference code on a small random CLIP"
+# %% ../nbs/08_check.ipynb #08-004c
+def _stored_clip(about:dict, tensors:dict[str, Tensor], dtype:torch.dtype) -> Backbone:
+    "The small CLIP of a case"
+    model = open_clip.model.CLIP(**about['model_cfg']).to(dtype)
+    words = torch.zeros(model.token_embedding.weight.shape, dtype=dtype)
+    used = tensors['tokens.used_ids'].long()  # only the rows that occur are stored
+    words[used] = tensors['tokens.used_rows'].to(dtype)
+    weights = {k.removeprefix('clip.'): v.to(dtype)
+               for k, v in tensors.items() if k.startswith('clip.')}
+    model.load_state_dict(weights | {'token_embedding.weight': words})
+    return Backbone(model, about['case'])
+
+class _Case:
+    "What was recorded, and the CLIP it was recorded on"
     def __init__(self,
         path:str|Path,              # the case, without ending
         dtype:torch.dtype=torch.float64,
@@ -41,14 +52,7 @@ class Golden:
         self.dtype = dtype
         self.json = json.loads(path.with_suffix('.json').read_text())
         self.tensors = load_file(path.with_suffix('.safetensors'))
-        model = open_clip.model.CLIP(**self.json['model_cfg']).to(dtype)
-        words = torch.zeros(model.token_embedding.weight.shape, dtype=dtype)
-        used = self.tensors['tokens.used_ids'].long()  # only the rows that occur are stored
-        words[used] = self.tensors['tokens.used_rows'].to(dtype)
-        weights = {k.removeprefix('clip.'): v.to(dtype)
-                   for k, v in self.tensors.items() if k.startswith('clip.')}
-        model.load_state_dict(weights | {'token_embedding.weight': words})
-        self.backbone = Backbone(model, self.json['case'])
+        self.backbone = _stored_clip(self.json, self.tensors, dtype)
 
     def batch(self, step:int,
         learner:Classifier|None=None,  # whose batch it is
@@ -62,6 +66,18 @@ class Golden:
                   'second': lambda: learner.frozen_image(kept('images2').to(self.dtype))}
         reads = learner.reads if learner else ()
         return images, labels, *(beside[what]() for what in reads)
+
+# %% ../nbs/08_check.ipynb #08-073c
+class _Compared(_Case):
+    "Starts a learner where the reference started, and compares"
+    def start(self, learner:PromptLearner,
+        where:dict,  # recorded name -> (our parameter, index into it)
+    ) -> dict: # all parameters by name
+        "Copy the recorded start into the learner"
+        params = dict(learner.to(self.dtype).named_parameters())
+        for name, (ours, at) in where.items():
+            params[ours].data[at] = self.tensors[f'init.{name}'].to(self.dtype)
+        return params
 
     def error(self, key:str, ours:Tensor) -> dict[str, float]:
         """Error of `expect.<key>`; nothing if it was not recorded
@@ -80,29 +96,6 @@ class Golden:
                              f'recorded is {list(theirs.shape)}')
         gap = (ours.detach().double()-theirs).abs().max()
         return {key: (gap/theirs.abs().max().clamp_min(1e-30)).item()}
-
-    def start(self, learner:PromptLearner,
-        where:dict,  # recorded name -> (our parameter, index into it)
-    ) -> dict: # all parameters by name
-        "Copy the recorded start into the learner"
-        params = dict(learner.to(self.dtype).named_parameters())
-        for name, (ours, at) in where.items():
-            params[ours].data[at] = self.tensors[f'init.{name}'].to(self.dtype)
-        return params
-
-    def replay(self, learner:PromptLearner,
-        where:dict,                         # as for `start`
-        inject=lambda learner, step: None,  # puts a step's random draw in; step None: in evaluation
-    ) -> dict[str, float]:
-        """Errors of all that was recorded
-
-        First batch, gradients, every step, evaluation after them, other classes.
-        """
-        params = self.start(learner, where)
-        inject(learner, 0)
-        errors = _first_batch(self, learner, params, where)
-        errors |= _every_step(self, learner, params, where, inject)
-        return errors | _evaluation(self, learner, inject)
 
 # %% ../nbs/08_check.ipynb #08-005b
 def _first_batch(golden, learner, params, where) -> dict[str, float]:
@@ -167,6 +160,23 @@ def _evaluation(golden, learner, inject) -> dict[str, float]:
         inject(other, None)
         errors |= golden.error('new_class_logits', other(images))
     return errors
+
+# %% ../nbs/08_check.ipynb #08-005
+class Golden(_Compared):
+    "A recorded run of reference code on a small random CLIP"
+    def replay(self, learner:PromptLearner,
+        where:dict,                         # as for `start`
+        inject=lambda learner, step: None,  # puts a step's random draw in; step None: in evaluation
+    ) -> dict[str, float]:
+        """Errors of all that was recorded
+
+        First batch, gradients, every step, evaluation after them, other classes.
+        """
+        params = self.start(learner, where)
+        inject(learner, 0)
+        errors = _first_batch(self, learner, params, where)
+        errors |= _every_step(self, learner, params, where, inject)
+        return errors | _evaluation(self, learner, inject)
 
 # %% ../nbs/08_check.ipynb #08-018
 def small_clip(dtype:torch.dtype=torch.float64,
@@ -756,29 +766,7 @@ def _training_step(t):
           'keep no other state, so that training can resume: no running means, no counters, '
           'no generator that goes on')
 
-# %% ../nbs/08_check.ipynb #08-046
-def _learns(t):
-    "Ten steps (or `prepare`) on one batch lower the loss, and the cross-entropy of the predictions"
-    if not list(t.make().parameters()): raise _Skip('it has no parameters')
-    if not t.steps and not t.prepares: raise _Skip('nothing trains it: no epochs, no `prepare`')
-    seen = _by_steps(t) if t.steps else [_by_data(t)]
-    if not getattr(t.cls, 'reads_labels', True): seen = [(b[:1], a[:1]) for b, a in seen]
-    for before, after in seen:
-        if all(a < b for b, a in zip(before, after)): return
-    if not getattr(t.cls, 'reads_labels', True):
-        _must(False, f'loss {before[0]:.4g} -> {after[0]:.4g}', 'look at the sign of the loss')
-    (loss, ce), (loss_after, ce_after) = before, after
-    # Parts of the loss with a weight may outweigh it; then it must fall where they are left out
-    if t.steps and loss_after < loss and t.make().loss_weights:
-        if any(b[1] < a[1] for a, b in _by_steps(t, _unweighted)): return
-    _must(False, f'loss {loss:.4g} -> {loss_after:.4g}, cross-entropy {ce:.4g} -> {ce_after:.4g}',
-          'look at the sign of the loss and at which logits it uses')
-
-def _unweighted(learner):
-    "The same learner without the parts of its loss that it weighs"
-    cls, parts = type(learner), dict.fromkeys(learner.loss_weights, 0.)
-    learner.__class__ = type(cls.__name__, (cls,), dict(loss_weights=parts))
-
+# %% ../nbs/08_check.ipynb #08-045b
 def _by_steps(t, change=lambda learner: None):
     "Loss and cross-entropy before and after ten steps, for three rates"
     def score(learner):
@@ -790,6 +778,12 @@ def _by_steps(t, change=lambda learner: None):
         t.train(learner, 10, t.cls.recipe().lr*share)
         yield before, score(learner)
 
+def _unweighted(learner):
+    "The same learner without the parts of its loss that it weighs"
+    cls, parts = type(learner), dict.fromkeys(learner.loss_weights, 0.)
+    learner.__class__ = type(cls.__name__, (cls,), dict(loss_weights=parts))
+
+# %% ../nbs/08_check.ipynb #08-045e
 class _Plain(_Drawn):
     "Pictures of one colour: a crop of one, or its mirror image, is the picture itself"
     def __call__(self, path:str) -> Image.Image:
@@ -808,6 +802,24 @@ def _by_data(t):
     before = score()
     learner.prepare(data)
     return before, score()
+
+# %% ../nbs/08_check.ipynb #08-046
+def _learns(t):
+    "Ten steps (or `prepare`) on one batch lower the loss, and the cross-entropy of the predictions"
+    if not list(t.make().parameters()): raise _Skip('it has no parameters')
+    if not t.steps and not t.prepares: raise _Skip('nothing trains it: no epochs, no `prepare`')
+    seen = _by_steps(t) if t.steps else [_by_data(t)]
+    if not getattr(t.cls, 'reads_labels', True): seen = [(b[:1], a[:1]) for b, a in seen]
+    for before, after in seen:
+        if all(a < b for b, a in zip(before, after)): return
+    if not getattr(t.cls, 'reads_labels', True):
+        _must(False, f'loss {before[0]:.4g} -> {after[0]:.4g}', 'look at the sign of the loss')
+    (loss, ce), (loss_after, ce_after) = before, after
+    # Parts of the loss with a weight may outweigh it; then it must fall where they are left out
+    if t.steps and loss_after < loss and t.make().loss_weights:
+        if any(b[1] < a[1] for a, b in _by_steps(t, _unweighted)): return
+    _must(False, f'loss {loss:.4g} -> {loss_after:.4g}, cross-entropy {ce:.4g} -> {ce_after:.4g}',
+          'look at the sign of the loss and at which logits it uses')
 
 # %% ../nbs/08_check.ipynb #08-046b
 def _not_finite(t):

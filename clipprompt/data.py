@@ -54,43 +54,9 @@ def _look(domain:Callable) -> str:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     return hashlib.sha256(domain(Image.fromarray(noise)).tobytes()).hexdigest()[:16]
 
-# %% ../nbs/04_data.ipynb #04-035
-@dataclass(repr=False)
-class DataSet:
-    "Class names, pictures to train and to test on, and how to read them"
-    name:str
-    classnames:list[str]
-    train:list[Item]
-    test:list[Item]
-    template:str='a photo of a {}.' # the sentence of zero-shot CLIP
-    source:Callable=Files()        # path -> RGB picture
-    # what is done to every picture, in training and in test; in a joined set, to those of each
-    # domain
-    domain:Callable|dict=as_drawn
-    task:str=''                     # which domain or split this is, for tables
-    crop_scale:tuple=(0.08, 1.0)    # share of the area that a random training crop keeps
-    flip:bool=True                  # may training pictures be mirrored?
-    by_domain:bool=False            # are few shots drawn from each domain apart?
-    # do classes with fewer pictures than asked for keep all, as in the papers? Else it is an error
-    few_are_fine:bool=False
-    # to choose settings on; nothing in this book trains on it or is scored on it
-    val:list[Item]=field(default_factory=list)
-    split:str=''                    # where the split comes from, one line
-    halves:int=0                    # which classes are base: 0 the first, else drawn by this seed
-    # load_dataset(**origin) makes the set again from which this one was taken
-    origin:dict=field(default_factory=dict)
-
-    def __post_init__(self):
-        where, n = f"data set '{self.name}'", len(self.classnames)
-        for i, c in enumerate(self.classnames):
-            if c.strip(): continue
-            raise DataError(f'{where}: class {i} has an empty name; '
-                            'give it a word that CLIP can read')
-        for split in ('train', 'val', 'test'):
-            bad = {i.label for i in getattr(self, split)} - set(range(n))
-            if bad: raise DataError(f'{where}: {split} label {min(bad)} has no class name; '
-                                    f'labels run from 0 to {n-1}')
-
+# %% ../nbs/04_data.ipynb #04-034b
+class _Seen:
+    "Looks at a file once"
     def __setattr__(self, name, value):
         "What was changed is looked at again"
         for seen in _SEEN: self.__dict__.pop(seen, None)
@@ -100,6 +66,46 @@ class DataSet:
         "For another process, which looks for itself"
         return {name: value for name, value in self.__dict__.items() if name not in _SEEN}
 
+    def _smaller(self, **changes) -> 'DataSet':
+        "Some of these pictures; what was seen of their files stays seen"
+        smaller = replace(self, **changes)
+        smaller.__dict__['_looked'] = self._looked
+        return smaller
+
+    @cached_property
+    def _looked(self) -> dict[str, str]: return {}  # path -> mark
+
+    def mark(self, path:str) -> str:
+        "What stands for a picture in a fingerprint; it is looked at once"
+        looked = self._looked
+        if path not in looked: looked[path] = self.source.mark(path)
+        return looked[path]
+
+# %% ../nbs/04_data.ipynb #04-034f
+class _Marked(_Seen):
+    "A fingerprint, made on demand"
+    def drawn(self):
+        "What stands for its domain in a fingerprint; in a joined set, for each of them"
+        if not isinstance(self.domain, dict): return _look(self.domain)
+        return {name: _look(domain) for name, domain in self.domain.items()}
+
+    def marks(self, items:list[Item]) -> list[tuple]:
+        "What stands for these items in a fingerprint"
+        if self.by_domain: return [(self.mark(i.path), i.label, i.domain) for i in items]
+        return [(self.mark(i.path), i.label) for i in items]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over names, labels, pictures and domain
+
+        Not over `val`, which only a choice of settings reads
+        """
+        return digest(self.name, self.classnames, self.marks(self.train), self.marks(self.test),
+                       self.drawn())
+
+# %% ../nbs/04_data.ipynb #04-034i
+class _Readable(_Marked):
+    "Pictures, alone and by the split"
     def __repr__(self):
         name = f'{self.name}/{self.task}' if self.task else self.name
         return (f'{name}: {len(self.classnames)} classes, '
@@ -126,6 +132,33 @@ class DataSet:
         if not items: raise DataError(f"data set '{self.name}' has no {split} pictures")
         return Pictures(self, items, transform)
 
+# %% ../nbs/04_data.ipynb #04-036b
+def _pools(data:'DataSet') -> list[tuple[list, list]]: # training and validation pictures of each
+    "What shots are drawn from: all pictures, or those of one domain after the other"
+    if not data.by_domain: return [(data.train, data.val)]
+    def apart(items):
+        by_domain = defaultdict(list)   # in order of first appearance
+        for i in items: by_domain[i.domain].append(i)
+        return by_domain
+    train, val = apart(data.train), apart(data.val)
+    return [(mine, val.get(d, [])) for d, mine in train.items()] or [([], [])]
+
+def _check_shots(data:'DataSet', pools:list[tuple[list, list]], shots:int, allow_fewer:bool):
+    "Raises DataError if `shots` is no count, or more than there are"
+    if not hasattr(shots, '__index__') or shots < 1:
+        raise DataError(f'shots must be a whole number of at least 1, not {shots!r}')
+    counts = [Counter(i.label for i in train) for train, _ in pools]
+    names = list(enumerate(data.classnames))
+    n, scarce = min((count[label], name) for count in counts for label, name in names)
+    if n >= shots or allow_fewer: return
+    where = ' in one of its domains' if data.by_domain else ''
+    cure = f"use at most {n} shot{'s'*(n > 1)}, or in Python allow_fewer=True" if n else 'add some'
+    raise DataError(f"{shots} shots asked for, but class '{scarce}' of '{data.name}' "
+                    f'has {n} training pictures{where}; {cure}')
+
+# %% ../nbs/04_data.ipynb #04-034n
+class _FewShot(_Readable):
+    "Draws few shots"
     def few_shot(self,
         shots:int,              # K, pictures per class
         seed:int=1,             # the papers use 1, 2 and 3
@@ -140,6 +173,9 @@ class DataSet:
             val += sample_shots(to_choose_on, min(int(shots), 4), rng) # the same stream goes on
         return self._smaller(train=train, val=val)
 
+# %% ../nbs/04_data.ipynb #04-034p
+class _Halved(_FewShot):
+    "Cuts its classes in two"
     def base(self) -> 'DataSet':
         "The first half of the classes, the odd one included"
         return self._only(range((len(self.classnames)+1)//2))
@@ -165,63 +201,46 @@ class DataSet:
         parts = {part: relabel(getattr(self, part), labels) for part in ('train', 'val', 'test')}
         return self._smaller(classnames=[self.classnames[l] for l in labels], **parts)
 
-    def _smaller(self, **changes) -> 'DataSet':
-        "Some of these pictures; what was seen of their files stays seen"
-        smaller = replace(self, **changes)
-        smaller.__dict__['_looked'] = self._looked
-        return smaller
+# %% ../nbs/04_data.ipynb #04-034r
+def _check_labels(data:'DataSet'):
+    "Raises DataError for an empty name, or a label without one"
+    where, n = f"data set '{data.name}'", len(data.classnames)
+    for i, c in enumerate(data.classnames):
+        if c.strip(): continue
+        raise DataError(f'{where}: class {i} has an empty name; '
+                        'give it a word that CLIP can read')
+    for split in ('train', 'val', 'test'):
+        bad = {i.label for i in getattr(data, split)} - set(range(n))
+        if bad: raise DataError(f'{where}: {split} label {min(bad)} has no class name; '
+                                f'labels run from 0 to {n-1}')
 
-    @cached_property
-    def _looked(self) -> dict[str, str]: return {}  # path -> mark
+# %% ../nbs/04_data.ipynb #04-035
+@dataclass(repr=False)
+class DataSet(_Halved):
+    "Class names, pictures to train and to test on, and how to read them"
+    name:str
+    classnames:list[str]
+    train:list[Item]
+    test:list[Item]
+    template:str='a photo of a {}.' # the sentence of zero-shot CLIP
+    source:Callable=Files()        # path -> RGB picture
+    # what is done to every picture, in training and in test; in a joined set, to those of each
+    # domain
+    domain:Callable|dict=as_drawn
+    task:str=''                     # which domain or split this is, for tables
+    crop_scale:tuple=(0.08, 1.0)    # share of the area that a random training crop keeps
+    flip:bool=True                  # may training pictures be mirrored?
+    by_domain:bool=False            # are few shots drawn from each domain apart?
+    # do classes with fewer pictures than asked for keep all, as in the papers? Else it is an error
+    few_are_fine:bool=False
+    # to choose settings on; nothing in this book trains on it or is scored on it
+    val:list[Item]=field(default_factory=list)
+    split:str=''                    # where the split comes from, one line
+    halves:int=0                    # which classes are base: 0 the first, else drawn by this seed
+    # load_dataset(**origin) makes the set again from which this one was taken
+    origin:dict=field(default_factory=dict)
 
-    def drawn(self):
-        "What stands for its domain in a fingerprint; in a joined set, for each of them"
-        if not isinstance(self.domain, dict): return _look(self.domain)
-        return {name: _look(domain) for name, domain in self.domain.items()}
-
-    def mark(self, path:str) -> str:
-        "What stands for a picture in a fingerprint; it is looked at once"
-        looked = self._looked
-        if path not in looked: looked[path] = self.source.mark(path)
-        return looked[path]
-
-    def marks(self, items:list[Item]) -> list[tuple]:
-        "What stands for these items in a fingerprint"
-        if self.by_domain: return [(self.mark(i.path), i.label, i.domain) for i in items]
-        return [(self.mark(i.path), i.label) for i in items]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """16 hex digits over names, labels, pictures and domain
-
-        Not over `val`, which only a choice of settings reads
-        """
-        return digest(self.name, self.classnames, self.marks(self.train), self.marks(self.test),
-                       self.drawn())
-
-# %% ../nbs/04_data.ipynb #04-036b
-def _pools(data:DataSet) -> list[tuple[list, list]]: # training and validation pictures of each
-    "What shots are drawn from: all pictures, or those of one domain after the other"
-    if not data.by_domain: return [(data.train, data.val)]
-    def apart(items):
-        by_domain = defaultdict(list)   # in order of first appearance
-        for i in items: by_domain[i.domain].append(i)
-        return by_domain
-    train, val = apart(data.train), apart(data.val)
-    return [(mine, val.get(d, [])) for d, mine in train.items()] or [([], [])]
-
-def _check_shots(data:DataSet, pools:list[tuple[list, list]], shots:int, allow_fewer:bool):
-    "Raises DataError if `shots` is no count, or more than there are"
-    if not hasattr(shots, '__index__') or shots < 1:
-        raise DataError(f'shots must be a whole number of at least 1, not {shots!r}')
-    counts = [Counter(i.label for i in train) for train, _ in pools]
-    names = list(enumerate(data.classnames))
-    n, scarce = min((count[label], name) for count in counts for label, name in names)
-    if n >= shots or allow_fewer: return
-    where = ' in one of its domains' if data.by_domain else ''
-    cure = f"use at most {n} shot{'s'*(n > 1)}, or in Python allow_fewer=True" if n else 'add some'
-    raise DataError(f"{shots} shots asked for, but class '{scarce}' of '{data.name}' "
-                    f'has {n} training pictures{where}; {cure}')
+    def __post_init__(self): _check_labels(self)
 
 # %% ../nbs/04_data.ipynb #04-129
 _OTHERS = 'all others'   # a set that a paper does not name, or names with its usual sentence

@@ -120,9 +120,9 @@ def _one_mask(beside:Tensor, heads:int, like:Tensor) -> Tensor: # [C, R, L+R] ->
     mask = like.new_zeros(C, every, every).masked_fill(~may, -torch.inf)
     return mask.repeat_interleave(heads, 0)
 
-# %% ../nbs/17_map_dafe.ipynb #17-015
-class Reading:
-    "Prompt rows behind finished sentences, which they read"
+# %% ../nbs/17_map_dafe.ipynb #17-014e
+class _Rows:
+    "Finished sentences, and what enters block 0 behind them"
     def __init__(self, tower:TextTower, sentences:Sentences,
         text:str='read',   # who reads whom, as in `who_reads`
         p2p:str='none',
@@ -131,10 +131,6 @@ class Reading:
         self.eot, self._kept = sentences.eot, {}
         longest = int(sentences.eot.max())+1    # nothing behind the longest EOT is read
         self.ids = sentences.ids[:, :longest]   # [C, L]
-
-    def to(self, device:torch.device):
-        "Token ids follow; keys and values are made there, `template` knows for which device"
-        self.ids, self.eot = self.ids.to(device), self.eot.to(device)
 
     def _words(self, c:slice) -> Tensor: # [C, L, d_t]
         positions = self.tower.clip.positional_embedding[:self.ids.shape[1]]
@@ -150,6 +146,26 @@ class Reading:
         at_eot = words[torch.arange(len(words), device=words.device), eot]  # [C, d_t]
         return torch.cat([own, at_eot[:, None]], 1)
 
+# %% ../nbs/17_map_dafe.ipynb #17-014h
+class _Kept(_Rows):
+    "Keys and values of the template, kept"
+    @torch.no_grad()
+    def template(self, c:slice) -> list[tuple[Tensor, Tensor]]: # of each block: [C, h, L, d]
+        "Keys and values that these sentences leave to be read: computed once"
+        key = frozen_key(self.tower.backbone)
+        key = key | dict(device=str(self.ids.device), chunk=self.tower.chunk)
+        if self._kept.get('key') != key: self._kept = dict(key=key)
+        if c.start not in self._kept:
+            x, past = self._words(c), []
+            for block in self.tower.blocks:
+                x, k, v = run_block(block, x, causal=True)
+                past.append((k, v))
+            self._kept[c.start] = past
+        return self._kept[c.start]
+
+# %% ../nbs/17_map_dafe.ipynb #17-014k
+class _Beside(_Kept):
+    "Own rows through the blocks, beside the template"
     def _run(self, prompts:Given, c:slice, past:list|None) -> Tensor: # [C, R, d_t]
         """Own rows behind the last block, beside the template's keys and values
 
@@ -167,19 +183,12 @@ class Reading:
             else: x = run_beside(block, x, *past[l], mask)
         return x
 
-    @torch.no_grad()
-    def template(self, c:slice) -> list[tuple[Tensor, Tensor]]: # of each block: [C, h, L, d]
-        "Keys and values that these sentences leave to be read: computed once"
-        key = frozen_key(self.tower.backbone)
-        key = key | dict(device=str(self.ids.device), chunk=self.tower.chunk)
-        if self._kept.get('key') != key: self._kept = dict(key=key)
-        if c.start not in self._kept:
-            x, past = self._words(c), []
-            for block in self.tower.blocks:
-                x, k, v = run_block(block, x, causal=True)
-                past.append((k, v))
-            self._kept[c.start] = past
-        return self._kept[c.start]
+# %% ../nbs/17_map_dafe.ipynb #17-015
+class Reading(_Beside):
+    "Prompt rows behind finished sentences, which they read"
+    def to(self, device:torch.device):
+        "Token ids follow; keys and values are made there, `template` knows for which device"
+        self.ids, self.eot = self.ids.to(device), self.eot.to(device)
 
     def __call__(self, prompts:Given) -> Tensor: # [C, E], unit rows
         "Features of the classes"
@@ -233,8 +242,65 @@ def _check_choices(**given):
         if choice in known[what]: continue
         raise ValueError(f"unknown {what} '{choice}'; {nearest(choice, known[what])}")
 
+# %% ../nbs/17_map_dafe.ipynb #17-023b
+def _gated(h:dict, side:str, width:int, depth:int) -> Gated: # [J, n, width]
+    "Tokens of one tower ('text' or 'vision') as these hparams want them"
+    n, share, mode = h[dict(text='n_ctx', vision='n_visual')[side]], h[f'gate_{side}'], h[side]
+    if share is None: share = .9 if mode == 'read' else .01
+    return Gated(n, width, depth, share, h['gate'], h['form'], h['scale'], h['detach'], h['seed'])
+
+# %% ../nbs/17_map_dafe.ipynb #17-023e
+class _TextSide(PromptLearner):
+    "Text prompts that read the template, or stand in CoOp's slot"
+    def _begin_text(self, depth:int):
+        "Text prompts, where they stand, and what they start from"
+        h, backbone = self.hparams, self.backbone
+        self.ctx = _gated(h, 'text', backbone.text_width, depth)  # [J, n, d_t]
+        tokens = self.ctx.tokens.data
+        J, n, _ = tokens.shape
+        if h['text'] == 'write':  # as IVLP
+            words, phrase = word_start(backbone, n, AUTO, usual=n, part=True, depth=J,
+                                       seed=h['seed'])
+            tokens.copy_(words.tokens.data)
+            self.sentences = place(backbone, self.classnames, n, words=phrase)
+            return
+        s = Sentences.of(backbone, [f'{backbone.phrase} {c}.' for c in self.classnames])
+        self.sentences, self.reading = s, Reading(self.text, s, h['text'], h['p2p'])
+        if h['start'] == 'eot' and h['text'] != 'read_eot':
+            tokens[0] = around(backbone.embed(s.ids[0, s.eot[0]]), n, h['noise'], h['seed'])
+
+    def _apply(self, fn, recurse=True):
+        "To another device: what reads the sentences follows them"
+        super()._apply(fn, recurse)
+        if hasattr(self, 'reading'): self.reading.to(self.sentences.ids.device)
+        return self
+
+    def text_features(self) -> Tensor: # [C, E], unit rows
+        if not self.learns_text: return super().text_features()
+        if self.hparams['text'] == 'write':
+            return F.normalize(self.text(self.sentences, self.ctx), dim=-1)
+        self.reading.tower = self.text  # `for_classes` hands its tower on
+        return self.reading(self.ctx)
+
+# %% ../nbs/17_map_dafe.ipynb #17-023g
+class _BothSides(_TextSide):
+    "Image prompts, too"
+    def _begin_image(self, depth:int):
+        "Image prompts, and what those that read start from"
+        h, backbone = self.hparams, self.backbone
+        self.visual_ctx = _gated(h, 'vision', backbone.vision_width, depth)  # [J, n, d_v]
+        if h['vision'] == 'both' or h['start'] == 'noise': return
+        cls = backbone.visual.class_embedding.data
+        self.visual_ctx.tokens.data[0] = around(cls, h['n_visual'], h['noise'], h['seed']+1)
+
+    def image_features(self, images:Tensor) -> Tensor: # [B, E], unit rows
+        if not self.learns_image: return super().image_features(images)
+        if self.hparams['vision'] == 'read':
+            return read_images(self.vision, images, self.visual_ctx)
+        return F.normalize(self.vision(images, self.visual_ctx), dim=-1)
+
 # %% ../nbs/17_map_dafe.ipynb #17-024
-class MAPDAFE(PromptLearner):
+class MAPDAFE(_BothSides):
     """Modal-aware prompts with gated carry-over
 
     Our reconstruction of MAP-DAFE (2024) from its abstract. Raises ValueError for a choice that
@@ -268,52 +334,8 @@ class MAPDAFE(PromptLearner):
         self.learns_text, self.learns_image = n_ctx > 0, n_visual > 0
         text_depth = check_depth(depth_text, backbone.text_layers, 'text')
         image_depth = check_depth(depth_vision, backbone.vision_layers, 'image')
-        def gated(n, width, depth, share, mode):
-            if share is None: share = .9 if mode == 'read' else .01
-            return Gated(n, width, depth, share, gate, form, scale, detach, seed)
-        if n_ctx:
-            self.ctx = gated(n_ctx, backbone.text_width, text_depth, gate_text, text)  # [J, n, d_t]
-            self._begin_text()
-        if n_visual:
-            width = backbone.vision_width
-            self.visual_ctx = gated(n_visual, width, image_depth, gate_vision, vision)
-            if vision == 'read' and start == 'eot':
-                like_cls = around(backbone.visual.class_embedding.data, n_visual, noise, seed+1)
-                self.visual_ctx.tokens.data[0] = like_cls
-
-    def _begin_text(self):
-        "Where text prompts stand, and what they start from"
-        h, backbone, tokens = self.hparams, self.backbone, self.ctx.tokens.data
-        J, n, _ = tokens.shape
-        if h['text'] == 'write':  # as IVLP
-            words, phrase = word_start(backbone, n, AUTO, usual=n, part=True, depth=J,
-                                       seed=h['seed'])
-            tokens.copy_(words.tokens.data)
-            self.sentences = place(backbone, self.classnames, n, words=phrase)
-            return
-        s = Sentences.of(backbone, [f'{backbone.phrase} {c}.' for c in self.classnames])
-        self.sentences, self.reading = s, Reading(self.text, s, h['text'], h['p2p'])
-        if h['start'] == 'eot' and h['text'] != 'read_eot':
-            tokens[0] = around(backbone.embed(s.ids[0, s.eot[0]]), n, h['noise'], h['seed'])
-
-    def _apply(self, fn, recurse=True):
-        "To another device: what reads the sentences follows them"
-        super()._apply(fn, recurse)
-        if hasattr(self, 'reading'): self.reading.to(self.sentences.ids.device)
-        return self
-
-    def text_features(self) -> Tensor: # [C, E], unit rows
-        if not self.learns_text: return super().text_features()
-        if self.hparams['text'] == 'write':
-            return F.normalize(self.text(self.sentences, self.ctx), dim=-1)
-        self.reading.tower = self.text  # `for_classes` hands its tower on
-        return self.reading(self.ctx)
-
-    def image_features(self, images:Tensor) -> Tensor: # [B, E], unit rows
-        if not self.learns_image: return super().image_features(images)
-        if self.hparams['vision'] == 'read':
-            return read_images(self.vision, images, self.visual_ctx)
-        return F.normalize(self.vision(images, self.visual_ctx), dim=-1)
+        if n_ctx: self._begin_text(text_depth)
+        if n_visual: self._begin_image(image_depth)
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:

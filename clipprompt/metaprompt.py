@@ -141,25 +141,18 @@ def rehearse(learner:PromptLearner, optimizer, episodes:list[Episode],
     optimizer.zero_grad()
     return total
 
-# %% ../nbs/16_metaprompt.ipynb #16-022
-class TwoPairs(Templated):
-    """
-    A frozen and a prompted pair of encoders under the asymmetric loss
+# %% ../nbs/16_metaprompt.ipynb #16-019b
+def _asymmetric(l_i:Tensor, l_t:Tensor, labels:Tensor) -> dict[str, Tensor]: # [B, C] twice, [B]
+    "Cross-entropy of the prompted image's logits, the prompted text's, and their mean"
+    maps = dict(mix=(l_i+l_t)/2, image=l_i, text=l_t)
+    return {f'ce_{k}': F.cross_entropy(l, labels) for k, l in maps.items()}
 
-    MetaPrompt without its episodes (Zhao et al. 2024, main figure).
-    """
-    method, learns_text, learns_image = 'two-pairs', True, True
-    reads, paper = ('frozen',), 'metaprompt'
-
-    def __init__(self, backbone:Backbone, classnames:list[str],
-        n_ctx:int=2,         # text tokens per block; 4 for domain generalisation
-        n_visual:int=2,      # image tokens per block; 4 for domain generalisation
-        depth:int|None=None, # blocks with tokens of their own, J; None means all
-        templates:str|list[str]|None=None, # frozen; None: "a photo of a {}", in training the data's
-        seed:int=0,
-    ):
-        super().__init__(backbone, classnames, templates)
-        self.hparams |= dict(n_ctx=n_ctx, n_visual=n_visual, depth=depth, seed=seed)
+# %% ../nbs/16_metaprompt.ipynb #16-019e
+class _Prompted(Templated):
+    "Frozen and prompted features of both towers"
+    def _begin(self, n_ctx:int, n_visual:int, depth:int|None, seed:int):
+        "Noise for each of the first J blocks of both towers"
+        backbone = self.backbone
         J = check_depth(depth, min(backbone.text_layers, backbone.vision_layers), 'smaller')
         self.ctx = Prompts(n_ctx, backbone.text_width, J, seed=seed)
         self.visual_ctx = Prompts(n_visual, backbone.vision_width, J, seed=seed+1)
@@ -177,6 +170,9 @@ class TwoPairs(Templated):
     def prompted_image(self, images:Tensor) -> Tensor: # [B, E], unit rows
         return F.normalize(self.vision(images, self.visual_ctx), dim=-1)
 
+# %% ../nbs/16_metaprompt.ipynb #16-019h
+class _SideBySide(_Prompted):
+    "Both pairs as one"
     def text_features(self) -> Tensor: # [C, 2E], unit rows
         return torch.cat([self.classifier(), self.prompted_text()], -1)*.5**.5
 
@@ -192,8 +188,28 @@ class TwoPairs(Templated):
         s = self.backbone.logit_scale
         l_i = s*self.prompted_image(images) @ self.classifier().T  # [B, C]
         l_t = s*frozen @ self.prompted_text().T
-        maps = dict(mix=(l_i+l_t)/2, image=l_i, text=l_t)
-        return {f'ce_{k}': F.cross_entropy(l, labels) for k, l in maps.items()}
+        return _asymmetric(l_i, l_t, labels)
+
+# %% ../nbs/16_metaprompt.ipynb #16-022
+class TwoPairs(_SideBySide):
+    """
+    A frozen and a prompted pair of encoders under the asymmetric loss
+
+    MetaPrompt without its episodes (Zhao et al. 2024, main figure).
+    """
+    method, learns_text, learns_image = 'two-pairs', True, True
+    reads, paper = ('frozen',), 'metaprompt'
+
+    def __init__(self, backbone:Backbone, classnames:list[str],
+        n_ctx:int=2,         # text tokens per block; 4 for domain generalisation
+        n_visual:int=2,      # image tokens per block; 4 for domain generalisation
+        depth:int|None=None, # blocks with tokens of their own, J; None means all
+        templates:str|list[str]|None=None, # frozen; None: "a photo of a {}", in training the data's
+        seed:int=0,
+    ):
+        super().__init__(backbone, classnames, templates)
+        self.hparams |= dict(n_ctx=n_ctx, n_visual=n_visual, depth=depth, seed=seed)
+        self._begin(n_ctx, n_visual, depth, seed)
 
     @classmethod
     def recipe(cls, setting='few-shot', shots=16, dataset='') -> Recipe:
@@ -207,8 +223,32 @@ class TwoPairs(Templated):
     def published(cls, setting='few-shot', shots=16, dataset='') -> dict:
         return dict(n_ctx=4, n_visual=4) if setting == 'domain-generalisation' else {}
 
+# %% ../nbs/16_metaprompt.ipynb #16-026b
+class _Episodic:
+    "Put before the two pairs: what is split, and the loss of one part of it"
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ('frozen', 'domains') if self.hparams['split'] == 'domain' else ('frozen',)
+
+    def suits(self, data:DataSet) -> dict:
+        return super().suits(data) | dict(split='domain' if data.by_domain else 'class')
+
+    def _episodes(self, labels:Tensor, # [B]
+        domains:Tensor|None=None,      # [B], where they are split
+    ) -> tuple[list[Episode], list[str]]:
+        "Those of a batch, and the names of the prompts that rehearse in them"
+        if self.hparams['split'] == 'domain': return domain_episodes(domains), ['visual_ctx.tokens']
+        groups = self.groups or class_groups(len(self.classnames))
+        return class_episodes(labels, groups), ['ctx.tokens']
+
+    def episode_loss(self, part:Part, images:Tensor, labels:Tensor, frozen:Tensor) -> Tensor:
+        "Text prompts among a group of classes, or image prompts among all"
+        if part.classes is None: f, t = self.prompted_image(images[part.rows]), self.classifier()
+        else: f, t = frozen[part.rows], self.prompted_text(part.classes)
+        return F.cross_entropy(self.backbone.logit_scale*f @ t.T, part.among(labels))
+
 # %% ../nbs/16_metaprompt.ipynb #16-027
-class MetaPrompt(TwoPairs):
+class MetaPrompt(_Episodic, TwoPairs):
     "Alternate episodic training on top of the two pairs (Zhao et al. 2024; the released code)"
     method = 'metaprompt'
     tries = dict(mu=.2), dict(mu=5.), dict(mu=25.)  # weight of the outer step
@@ -230,19 +270,6 @@ class MetaPrompt(TwoPairs):
         self.asked['split'] = split
         self.groups = None  # of classes for the next step; None: drawn anew
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return ('frozen', 'domains') if self.hparams['split'] == 'domain' else ('frozen',)
-
-    def suits(self, data:DataSet) -> dict:
-        return super().suits(data) | dict(split='domain' if data.by_domain else 'class')
-
-    def episode_loss(self, part:Part, images:Tensor, labels:Tensor, frozen:Tensor) -> Tensor:
-        "Text prompts among a group of classes, or image prompts among all"
-        if part.classes is None: f, t = self.prompted_image(images[part.rows]), self.classifier()
-        else: f, t = frozen[part.rows], self.prompted_text(part.classes)
-        return F.cross_entropy(self.backbone.logit_scale*f @ t.T, part.among(labels))
-
     def training_step(self, batch:tuple[Tensor, ...], optimizer) -> Tensor: # scalar
         """
         An ordinary step, then one outer step over the episodes of this batch
@@ -252,10 +279,7 @@ class MetaPrompt(TwoPairs):
         value, h = super().training_step(batch, optimizer), self.hparams
         images, labels, *rest = batch
         frozen = rest[0] if rest else self.frozen_image(images)
-        if h['split'] == 'domain': episodes, names = domain_episodes(rest[1]), ['visual_ctx.tokens']
-        else:
-            groups = self.groups or class_groups(len(self.classnames))
-            episodes, names = class_episodes(labels, groups), ['ctx.tokens']
+        episodes, names = self._episodes(labels, *rest[1:])
         loss = partial(self.episode_loss, images=images, labels=labels, frozen=frozen)
         rehearse(self, optimizer, episodes, loss, names, h['mode'], h['order'], h['mu'])
         return value

@@ -762,28 +762,14 @@ def _optimizer(model:nn.Module, lr:float) -> torch.optim.Optimizer:
     groups = [dict(params=decayed, weight_decay=.1), dict(params=free, weight_decay=0.)]
     return torch.optim.AdamW(groups, lr=lr, betas=(.9, .98), fused=True)
 
-# %% ../nbs/30_pretrain.ipynb #p085
-class Run:
-    "A pre-training run: one batch after another, stoppable at any step"
-    def __init__(self,
-        pairs:Pairs,
-        cfg:dict=MODEL,      # as `open_clip.model.CLIP` takes it
-        steps:int=7000,
-        batch_size:int=256,
-        lr:float=1e-3,       # at the top of the schedule
-        warmup:int=200,      # steps
-        seed:int=0,
-    ):
-        torch.manual_seed(seed)
-        self.pairs, self.steps, self.batch_size = pairs, steps, batch_size
-        self.lr, self.warmup = lr, warmup
-        self.seed = seed
+# %% ../nbs/30_pretrain.ipynb #p085d
+class _Batches:
+    "Pairs, one batch after another"
+    def __init__(self, pairs:Pairs, batch_size:int, seed:int):
+        self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
         self.rng, self.gen = random.Random(seed), torch.Generator().manual_seed(seed)
         self.rows, self.images = row_numbers(pairs.token_ids), torch.from_numpy(pairs.images)
         self.concepts = torch.tensor(pd.factorize(np.array(pairs.concepts))[0])
-        self.model = _new_model(cfg, len(pairs.token_ids))
-        self.optimizer = _optimizer(self.model, lr)
-        self.step, self.loss = 0, None
         self.order = torch.tensor([], dtype=torch.long)   # of the rest of the epoch
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]: # [B, 3, 32, 32], [B, L], [B]
@@ -796,24 +782,52 @@ class Run:
         captions = [caption(concepts[i], styles[i], self.rng) for i in at.tolist()]
         return images, self.rows[pad(captions)], self.concepts[at]
 
+# %% ../nbs/30_pretrain.ipynb #p085g
+def _descend(model:nn.Module, optimizer:torch.optim.Optimizer,
+    images:Tensor, tokens:Tensor, concepts:Tensor, # a batch: [B, 3, 32, 32], [B, L], [B]
+) -> float:
+    "One step; returns the loss before it"
+    with torch.autocast('cpu', torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        f, t = model.encode_image(images), encode_text(model, tokens)   # [B, E] each
+    loss = contrastive_loss(f.float(), t.float(), model.logit_scale.exp(), concepts)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    optimizer.step()
+    with torch.no_grad(): model.logit_scale.clamp_(max=math.log(100))
+    return loss.item()
+
+# %% ../nbs/30_pretrain.ipynb #p085j
+class _Steps(_Batches):
+    "A model, and the steps of its training"
+    def __init__(self,
+        pairs:Pairs,
+        cfg:dict=MODEL,      # as `open_clip.model.CLIP` takes it
+        steps:int=7000,
+        batch_size:int=256,
+        lr:float=1e-3,       # at the top of the schedule
+        warmup:int=200,      # steps
+        seed:int=0,
+    ):
+        super().__init__(pairs, batch_size, seed)
+        torch.manual_seed(seed)
+        self.steps, self.lr, self.warmup = steps, lr, warmup
+        self.model = _new_model(cfg, len(pairs.token_ids))
+        self.optimizer = _optimizer(self.model, lr)
+        self.step, self.loss = 0, None
+
     def advance(self) -> float:
         "One step; returns the loss"
         lr = self.lr*schedule(self.step, self.steps, self.warmup)
         for group in self.optimizer.param_groups: group['lr'] = lr
-        images, tokens, concepts = self.batch()
-        with torch.autocast('cpu', torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            f, t = self.model.encode_image(images), encode_text(self.model, tokens)   # [B, E] each
-        loss = contrastive_loss(f.float(), t.float(), self.model.logit_scale.exp(), concepts)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
-        self.optimizer.step()
-        with torch.no_grad(): self.model.logit_scale.clamp_(max=math.log(100))
+        now = _descend(self.model, self.optimizer, *self.batch())
         self.step += 1
-        now = loss.item()
         self.loss = now if self.loss is None else .98*self.loss + .02*now
         return now
 
+# %% ../nbs/30_pretrain.ipynb #p085
+class Run(_Steps):
+    "A pre-training run: one batch after another, stoppable at any step"
     def save(self, path:Path):
         "Atomic: the old checkpoint stays until the new one is complete"
         state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),

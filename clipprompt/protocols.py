@@ -122,7 +122,7 @@ def _row(method, protocol, data, shots, seed, start, learner, hits={}, **scores)
 
 def called(data:DataSet) -> str: return f'{data.name}/{data.task}' if data.task else data.name
 
-# %% ../nbs/07_protocols.ipynb #07-016
+# %% ../nbs/07_protocols.ipynb #07-015b
 def few_shot(
     method:Method, backbone:Backbone, data:DataSet,
     shots:int=16,            # K training images per class
@@ -141,24 +141,7 @@ def few_shot(
     return _row(method, 'few-shot', data, shots, seed, start, learner,
                 accuracy=evaluate(learner, data))
 
-def base_to_new(method:Method, backbone:Backbone, data:DataSet, shots:int=16, seed:int=1,
-    recipe:Recipe|None=None,
-    curve:bool=False, # test along the way, too
-    **how,
-) -> dict:
-    """
-    Train on the base half, test on both halves with their own names
-
-    `base`, `new` and `h` in percent (Zhou et al. 2022, CoCoOp, section 4.1).
-    """
-    start, data = perf_counter(), data.few_shot(shots, seed)
-    base, new = data.base(), data.new()
-    recipe = recipe or method.planned('base-to-new', shots, data.name)
-    learner, points = _along(method, backbone, base, new, seed, recipe, curve, how)
-    row = _row(method, 'base-to-new', data, shots, seed, start, learner,
-               **_both(learner, base, new))
-    return row | dict(curve=points) if curve else row
-
+# %% ../nbs/07_protocols.ipynb #07-015f
 def _both(learner:PromptLearner, base:DataSet, new:DataSet) -> dict: # base, new, h
     "Evaluations of both halves"
     on_base = evaluate(learner, base)
@@ -176,6 +159,25 @@ def _along(method, backbone, base, new, seed, recipe, curve, how) -> tuple:
     along = Curve(score)
     hooks = [*how.pop('hooks', ()), along]
     return method.train(backbone, base, seed, recipe, hooks=hooks, **how), along.points
+
+# %% ../nbs/07_protocols.ipynb #07-016
+def base_to_new(method:Method, backbone:Backbone, data:DataSet, shots:int=16, seed:int=1,
+    recipe:Recipe|None=None,
+    curve:bool=False, # test along the way, too
+    **how,
+) -> dict:
+    """
+    Train on the base half, test on both halves with their own names
+
+    `base`, `new` and `h` in percent (Zhou et al. 2022, CoCoOp, section 4.1).
+    """
+    start, data = perf_counter(), data.few_shot(shots, seed)
+    base, new = data.base(), data.new()
+    recipe = recipe or method.planned('base-to-new', shots, data.name)
+    learner, points = _along(method, backbone, base, new, seed, recipe, curve, how)
+    row = _row(method, 'base-to-new', data, shots, seed, start, learner,
+               **_both(learner, base, new))
+    return row | dict(curve=points) if curve else row
 
 # %% ../nbs/07_protocols.ipynb #07-016c
 def inside_base(data:DataSet, shots:int, seed:int) -> list[tuple[DataSet, DataSet]]:

@@ -170,10 +170,10 @@ def published_split(file:Path) -> Lists:
     except ValueError as e: raise wrong(e) from None
     return Lists(in_order(names, file), **lists, split=file.name)
 
-# %% ../nbs/04b_public.ipynb #04-056
+# %% ../nbs/04b_public.ipynb #04b-004b
 @dataclass
-class Place:
-    "A public set on this disk"
+class _Found:
+    "Where the files of a public set lie"
     name:str
     known:PublicSet
     root:Path
@@ -189,6 +189,9 @@ class Place:
         raise DataNotFound(f"{home/name} is missing; '{self.name}' needs it{instead}: "
                            f'{self.known.get}')
 
+# %% ../nbs/04b_public.ipynb #04b-004e
+class _Read(_Found):
+    "Lists in lines of text and in MATLAB files"
     def lines(self, name:str, read:Callable) -> list:
         "What `read` makes of each line that is not empty"
         file, found = self.file(name), []
@@ -213,6 +216,10 @@ class Place:
             raise DataError(f"cannot read '{key}' in {file} ({said(e, 80)}); "
                             f'get it again: {self.known.get}') from e
 
+# %% ../nbs/04b_public.ipynb #04-056
+@dataclass
+class Place(_Read):
+    "A public set on this disk"
     def folders(self, below:str='', key:Callable=str) -> list[str]:
         "The class folders, sorted"
         found = sorted(subfolders(self.images/below), key=key)

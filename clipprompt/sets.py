@@ -164,7 +164,7 @@ def _bytes(pixels:np.ndarray) -> np.ndarray: # uint8
                          'give the data set without its normalisation (transform=None)')
     return pixels.astype(np.uint8) if whole else np.rint(pixels*255.).astype(np.uint8)
 
-# %% ../nbs/04d_sets.ipynb #04d-020
+# %% ../nbs/04d_sets.ipynb #04d-019b
 def _features(obj) -> Mapping:
     "What Hugging Face says of the columns; nothing of another object"
     features = getattr(obj, 'features', None)
@@ -184,13 +184,7 @@ def _columns(obj) -> tuple[str, str]: # of pictures, of labels
     return (find('pictures', ('image', 'img'), 'Image'),
             find('labels', ('label', 'labels'), 'ClassLabel'))
 
-def _whole_number(label, i:int) -> int:
-    try: return operator.index(label)
-    except (TypeError, ValueError):
-        given = ' '.join(repr(label).split())[:60]
-        raise DataError(f'the label of item {i} is {given}, not a whole number; '
-                        'number the classes from 0') from None
-
+# %% ../nbs/04d_sets.ipynb #04d-019e
 def _inside(obj):
     "What a part was cut from, if this is a part"
     return getattr(obj, 'dataset', None) if hasattr(obj, 'indices') else None
@@ -205,6 +199,14 @@ def _class_names(obj) -> list[str]|None:
         first = [n[0] if isinstance(n, (list, tuple)) else n for n in names] # ImageNet: synonyms
         if all(isinstance(n, str) for n in first): return [words(n) for n in first]
     return _class_names(_inside(obj)) if _inside(obj) is not None else None
+
+# %% ../nbs/04d_sets.ipynb #04d-020
+def _whole_number(label, i:int) -> int:
+    try: return operator.index(label)
+    except (TypeError, ValueError):
+        given = ' '.join(repr(label).split())[:60]
+        raise DataError(f'the label of item {i} is {given}, not a whole number; '
+                        'number the classes from 0') from None
 
 def _kept_labels(obj) -> list[int]|None:
     "The labels that the object keeps beside its pictures, if it does"
