@@ -101,7 +101,7 @@ class _Marked(_Seen):
         Not over `val`, which only a choice of settings reads
         """
         return digest(self.name, self.classnames, self.marks(self.train), self.marks(self.test),
-                       self.drawn())
+                      self.drawn())
 
 # %% ../nbs/04_data.ipynb #04-034i
 class _Readable(_Marked):

@@ -44,10 +44,10 @@ def controls() -> list[Method]:
 FEW = ('zero-shot', 'linear-probe', 'coop', 'maple', 'mudpt', 'provp-ref', 'metaprompt',
        'map-dafe', 'variational-coop')
 
-# By other authors. CLIP-LoRA would take hours more, and PromptKD copies a teacher: it is worth as
-# much as who teaches it, and the suite has no larger CLIP
+# By other authors. PromptKD is left out: it copies a teacher, so it is worth as much as who teaches
+# it, and the suite has no larger CLIP
 NEWER = ('kgcoop', 'prograd', 'promptsrc', 'tcp', 'clip-adapter', 'tip-adapter', 'tip-adapter-f',
-         'taskres', 'lp-plus-plus', 'mma', 'mmrl')
+         'taskres', 'lp-plus-plus', 'clip-lora', 'mma', 'mmrl', 'coprompt', 'dept')
 
 def plan() -> dict[str, list[Run]]: # part -> runs, in the order in which they are done
     "All runs of the comparison"
