@@ -150,7 +150,7 @@ RIVAL_CARDS = {
         'Huang et al., CVPR 2024', 'https://arxiv.org/abs/2404.02285', '18d_adapters.ipynb'),
     'clip-lora': Card(
         'Add matrices of low rank to projections in all blocks; they can be merged afterwards.',
-        'Weights may change: merged it costs nothing in use; the paper trains 500 steps a shot.',
+        "H counts: the highest here, for four times CoOp's run; merged it costs nothing in use.",
         'bbbbb', 'bbbbb', '',
         'Zanella and Ben Ayed, CVPRW 2024', 'https://arxiv.org/abs/2405.18541',
         '18e_inside.ipynb'),
@@ -171,6 +171,16 @@ RIVAL_CARDS = {
         'Unlabelled pictures of all classes are there. Transductive: no score beside the others.',
         '.....', 'fffccb', '',
         'Li et al., CVPR 2024', 'https://arxiv.org/abs/2403.02781', '18f_distill.ipynb'),
+    'coprompt': Card(
+        'MaPLe and adapters, held to what frozen CLIP says of other words and another view.',
+        'To study agreement of views; base gained here, new classes lost, unlike in the paper.',
+        'fffccb', 'tttccb', 'down',
+        'Roy and Etemad, ICLR 2024', 'https://arxiv.org/abs/2306.01195', '18g_coprompt.ipynb'),
+    'dept': Card(
+        'CoOp, and beside it a linear head that learns the base classes.',
+        "Base and new classes both count: H surely above zero-shot, in a third of CoOp's time.",
+        'fcccc', '.....b', '',
+        'Zhang et al., CVPR 2024', 'https://arxiv.org/abs/2309.07439', '18h_dept.ipynb'),
 }
 EVERY = CARDS | RIVAL_CARDS
 
