@@ -6,8 +6,10 @@ from .backbone import Backbone as Backbone, load_backbone as load_backbone
 from .check import check_learner as check_learner
 from .cocoop import CoCoOp as CoCoOp
 from .coop import CoOp as CoOp
+from .coprompt import CoPrompt as CoPrompt
 from .data import DataSet as DataSet
 from .deep import IVLP as IVLP, VPT as VPT, MaPLe as MaPLe
+from .dept import DePT as DePT
 from .distill import PromptKD as PromptKD
 from .evaluation import evaluate as evaluate
 from .inference import Prediction as Prediction, predict as predict, predictions as predictions

@@ -176,7 +176,7 @@ class Feed:
         "CLIP's features of this view of all pictures"
         if (view, raw) not in self.views:
             self.views[view, raw] = frozen_features(self.learner, self.pictures, self.seed, view,
-                                                    raw, workers=self.workers)
+                                                    raw=raw, workers=self.workers)
         return self.views[view, raw]
 
     def _features(self, epoch:int):

@@ -235,8 +235,8 @@ def test_a_fixed_second_view_is_the_next_one(half, few, monkeypatch):
         order = steps.shuffled(len(few.train), 4, 0, epoch)
         for (_, _, second, first), at in zip(feed.epoch(epoch), order):
             mine, other = (1, 2) if epoch % 2 else (2, 1)
-            assert torch.equal(first, feed.views[mine][at])
-            assert torch.equal(second, feed.views[other][at])
+            assert torch.equal(first, feed.views[mine, False][at])
+            assert torch.equal(second, feed.views[other, False][at])
     assert sorted(made) == [1, 2]
 
 def test_of_kept_features_the_second_is_the_next_view(half, few):
@@ -244,7 +244,8 @@ def test_of_kept_features_the_second_is_the_next_view(half, few):
     feed = Feed(Words(half, few.classnames), few, replace(RECIPE, views=2), 0, 1)
     at = steps.shuffled(len(few.train), 4, 0, 1)[0]
     features, _, second = next(iter(feed.epoch(1)))
-    assert torch.equal(features, feed.views[1][at]) and torch.equal(second, feed.views[2][at])
+    assert torch.equal(features, feed.views[1, False][at])
+    assert torch.equal(second, feed.views[2, False][at])
 
 def test_one_fixed_view_is_refused(half, few):
     learner = CoPrompt(half, few.classnames)

@@ -118,7 +118,7 @@ def test_cards_of_rivals_say_what_the_rows_say():
     E, shots = tiny_clip().embed_dim, 16
     assert told.kept.to_dict() == dict.fromkeys(told.index, 0) | {'tip-adapter': shots*E}
     each = {name: n for name, n in told.each.items() if n}
-    assert each == {'tip-adapter-f': shots*E, 'taskres': E, 'lp-plus-plus': E+2}
+    assert each == {'tip-adapter-f': shots*E, 'taskres': E, 'lp-plus-plus': E+2, 'dept': E+1}
     assert f'nothing; {shots*E:,} numbers kept' in card('tip-adapter', told.loc['tip-adapter'])
 
 
