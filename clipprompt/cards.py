@@ -150,7 +150,7 @@ RIVAL_CARDS = {
         'Huang et al., CVPR 2024', 'https://arxiv.org/abs/2404.02285', '18d_adapters.ipynb'),
     'clip-lora': Card(
         'Add matrices of low rank to projections in all blocks; they can be merged afterwards.',
-        "H counts: the highest here, for four times CoOp's run; merged it costs nothing in use.",
+        "H counts: surely above zero-shot, at four times CoOp's run; merged it is free in use.",
         'bbbbb', 'bbbbb', '',
         'Zanella and Ben Ayed, CVPRW 2024', 'https://arxiv.org/abs/2405.18541',
         '18e_inside.ipynb'),
