@@ -136,9 +136,9 @@ def view_of(recipe:Recipe, epoch:int) -> int:
     "Which epoch's augmentation an epoch uses: its own, or one of the first V"
     return (epoch-1) % recipe.views + 1 if recipe.views else epoch
 
-# %% ../nbs/05c_steps.ipynb #05c-018
-class Feed:
-    "The batches of each epoch, on the learner's device"
+# %% ../nbs/05c_steps.ipynb #05c-017c
+class _Opened:
+    "The training pictures of a run, and its batches of them"
     def __init__(self, learner:PromptLearner, data:DataSet, recipe:Recipe, seed:int, first:int,
                  workers:int|None=None):
         self.learner, self.recipe, self.seed, self.workers = learner, recipe, seed, workers
@@ -168,16 +168,35 @@ class Feed:
     def steps(self) -> int: # of an epoch
         return steps_of(len(self.pictures), self.recipe.batch_size)
 
-    def epoch(self, epoch:int) -> Iterator[tuple]:
-        "(images, labels, and what the learner reads besides) of each step"
-        return self._features(epoch) if self.from_features else self._images(epoch)
-
+# %% ../nbs/05c_steps.ipynb #05c-017e
+class _Besides(_Opened):
+    "What a learner reads besides images and labels"
     def _frozen(self, view:int, raw:bool=False) -> Tensor: # [N, E], unit rows unless raw
         "CLIP's features of this view of all pictures"
         if (view, raw) not in self.views:
             self.views[view, raw] = frozen_features(self.learner, self.pictures, self.seed, view,
                                                     raw=raw, workers=self.workers)
         return self.views[view, raw]
+
+    def _second(self, epoch:int, at:Tensor) -> Tensor: # [B, E], unit rows
+        "CLIP's features of another view of these pictures: the next fixed one, or a new one"
+        views = self.recipe.views
+        if views: return self._frozen(view_of(self.recipe, epoch) % views + 1)[at]
+        images = next(self.others)[0].to(self.device, non_blocking=True)
+        return self.learner.frozen_image(normalised(images, self.learner.backbone))
+
+    def _beside(self, epoch:int, at:Tensor, frozen:Tensor|None) -> list[Tensor]:
+        domains = None if self.domains is None else self.domains[at]
+        there = dict(frozen=frozen, domains=domains)
+        if 'second' in self.learner.reads: there['second'] = self._second(epoch, at)
+        return [there[name] for name in self.learner.reads]
+
+# %% ../nbs/05c_steps.ipynb #05c-018
+class Feed(_Besides):
+    "The batches of each epoch, on the learner's device"
+    def epoch(self, epoch:int) -> Iterator[tuple]:
+        "(images, labels, and what the learner reads besides) of each step"
+        return self._features(epoch) if self.from_features else self._images(epoch)
 
     def _features(self, epoch:int):
         raw = self.learner.raw
@@ -199,16 +218,3 @@ class Feed:
             if reads_frozen and known is None: frozen = self.learner.frozen_image(images)
             elif reads_frozen: frozen = known[at]
             yield images, labels, *self._beside(epoch, at, frozen)
-
-    def _second(self, epoch:int, at:Tensor) -> Tensor: # [B, E], unit rows
-        "CLIP's features of another view of these pictures: the next fixed one, or a new one"
-        views = self.recipe.views
-        if views: return self._frozen(view_of(self.recipe, epoch) % views + 1)[at]
-        images = next(self.others)[0].to(self.device, non_blocking=True)
-        return self.learner.frozen_image(normalised(images, self.learner.backbone))
-
-    def _beside(self, epoch:int, at:Tensor, frozen:Tensor|None) -> list[Tensor]:
-        domains = None if self.domains is None else self.domains[at]
-        there = dict(frozen=frozen, domains=domains)
-        if 'second' in self.learner.reads: there['second'] = self._second(epoch, at)
-        return [there[name] for name in self.learner.reads]
